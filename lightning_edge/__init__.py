@@ -1,0 +1,90 @@
+"""Compress networks for edge devices: PyTorch Lightning callbacks, functions, and one small verified file.
+
+Names resolve on first use (PEP 562), so that importing this package imports neither torch nor lightning: on a device
+``from lightning_edge import load_artifact`` needs numpy, onnxruntime and zstandard alone.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from lightning_edge.artifact import load_artifact, pack, unpack
+    from lightning_edge.callbacks.export import ExportArtifacts
+    from lightning_edge.callbacks.pruning import WeightPruning
+    from lightning_edge.callbacks.quantization import QuantizationAwareTraining
+    from lightning_edge.callbacks.resume import ExactResume
+    from lightning_edge.callbacks.sharing import WeightSharing
+    from lightning_edge.export import export
+    from lightning_edge.surgery.pruning import prune_
+    from lightning_edge.surgery.sharing import share_weights_
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExactResume",
+    "ExportArtifacts",
+    "QuantizationAwareTraining",
+    "WeightPruning",
+    "WeightSharing",
+    "__version__",
+    "export",
+    "load_artifact",
+    "pack",
+    "prune_",
+    "share_weights_",
+    "unpack",
+]
+
+_HOMES = {
+    "ExactResume": "callbacks.resume",
+    "ExportArtifacts": "callbacks.export",
+    "QuantizationAwareTraining": "callbacks.quantization",
+    "WeightPruning": "callbacks.pruning",
+    "WeightSharing": "callbacks.sharing",
+    "load_artifact": "artifact",
+    "pack": "artifact",
+    "prune_": "surgery.pruning",
+    "share_weights_": "surgery.sharing",
+    "unpack": "artifact",
+}
+
+
+class _ExportPackage(ModuleType):
+    """The subpackage ``export`` that can also be called: as the public function of the same name."""
+
+    def __call__(
+        self, module: "nn.Module", path: "str | Path", *, example_inputs: "tuple[Tensor, ...]", recipe_hash: str = ""
+    ) -> "Path":
+        written: Path = self.export(module, path, example_inputs=example_inputs, recipe_hash=recipe_hash)
+        return written
+
+
+class _Package(ModuleType):
+    """This package: whoever imports its subpackage ``export``, the name ``export`` stays callable."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import system binds a subpackage in its parent, and so hides a function of the same name for good.
+        if name == "export" and isinstance(value, ModuleType):
+            value.__class__ = _ExportPackage
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":
+        return import_module(f"{__name__}.export")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

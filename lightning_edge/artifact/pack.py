@@ -1,0 +1,216 @@
+"""Write a packed file from an ONNX model, a safetensors file or a state dict."""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+import lightning_edge
+from lightning_edge.artifact.format import INDEX, META, TENSORS, join_sections
+from lightning_edge.artifact.tensors import BFLOAT16, DTYPES, encode_tensor
+from lightning_edge.artifact.unpack import SAFETENSORS, write_atomically
+from lightning_edge.functional.bytestream import varint
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import Tensor
+
+_INLINE_BYTES = 16  # a scalar costs less inside the graph than a record of its own
+Typed = tuple[NDArray[Any], int]
+
+
+@dataclass(frozen=True)
+class PackedSize:
+    """One tensor of a file that was just written."""
+
+    name: str
+    size_bytes: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What :func:`pack` wrote, in bytes; ``graph_bytes`` are of the graph and of the tensors' names."""
+
+    path: Path
+    size_bytes: int
+    graph_bytes: int
+    tensors: tuple[PackedSize, ...]
+
+
+def pack(
+    source: "str | Path | ModelProto | Mapping[str, NDArray[Any] | Tensor]", path: str | Path, *, recipe_hash: str = ""
+) -> PackReport:
+    """Write ``source`` as one small file, every tensor bit by bit as it was.
+
+    The bytes depend on ``source``, ``recipe_hash`` and the version of this library alone. The file is written under a
+    temporary name and renamed: a writer that is killed leaves the old file or the new one.
+
+    Args:
+        source: An ONNX model or the path of one (``.onnx``), the path of a ``.safetensors`` file, or a state dict: a
+            mapping from names to numpy arrays or torch tensors.
+        path: The file to write.
+        recipe_hash: What the file says about the settings that made it.
+
+    Raises:
+        ValueError: If ``source`` is none of these, or an element type cannot be stored.
+        FileNotFoundError: If there is no file at ``source``.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> [row.codec for row in pack({"w": np.zeros((64, 64), np.float32)}, folder / "w.edge").tensors]
+    ['constant']
+    """
+    path = Path(path)
+    graph, tensors = _read_source(source)
+    names = list(tensors)
+    if any("\n" in name for name in names):
+        raise ValueError(f"tensor names must have no line break, got {[n for n in names if chr(10) in n][:3]}")
+    encoded = {name: encode_tensor(array, dtype) for name, (array, dtype) in tensors.items()}
+    joined = "\n".join(names).encode()
+    index = zstandard.ZstdCompressor(level=19, write_content_size=False, write_checksum=False).compress(
+        varint(len(joined)) + joined + graph
+    )
+    meta = lightning_edge.__version__ + (f"\0{recipe_hash}" if recipe_hash else "")
+    records = b"".join(record for record, _ in encoded.values())
+    data = join_sections({META: meta.encode(), INDEX: index, TENSORS: records})
+    write_atomically(path, data)
+    rows = tuple(PackedSize(name, len(record), codec) for name, (record, codec) in encoded.items())
+    return PackReport(path, len(data), len(index), rows)
+
+
+def _read_source(source: Any) -> tuple[bytes, dict[str, Typed]]:
+    if isinstance(source, Mapping):
+        return b"", {name: _typed(name, value) for name, value in source.items()}
+    if hasattr(source, "SerializeToString"):
+        return _split_model(source)
+    if not isinstance(source, str | Path):
+        raise ValueError(f"source must be a path, an ONNX model or a state dict, got a {type(source).__name__}")
+    file = Path(source)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"source must be a file, got {str(file)!r}, which does not exist (seen from {Path.cwd()})"
+        )
+    if file.suffix == ".onnx":
+        import onnx
+
+        return _split_model(onnx.load(file))
+    if file.suffix == ".safetensors":
+        return b"", dict(_read_safetensors(file))
+    raise ValueError(
+        f"source must end in .onnx or .safetensors, got {file.name!r}; of a checkpoint pass its state dict"
+    )
+
+
+def _typed(name: str, value: Any) -> Typed:
+    """Return the array and its element type; a torch tensor is known by its methods, so that none is imported."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().contiguous()
+        if str(value.dtype) == "torch.bfloat16":
+            import torch
+
+            return value.view(torch.uint16).numpy(), BFLOAT16
+        value = value.numpy()
+    array = np.asarray(value)
+    kinds = [code for code, dtype in DTYPES.items() if dtype == array.dtype.newbyteorder("<") and code != BFLOAT16]
+    if not kinds:
+        known = sorted({dtype.name for dtype in DTYPES.values()})
+        raise ValueError(f"tensors must have one of the types {known} or bfloat16, got {array.dtype} in {name!r}")
+    return array, kinds[0]
+
+
+def _split_model(model: "ModelProto") -> tuple[bytes, dict[str, Typed]]:
+    """Return the graph without its tensors, serialized, and the tensors."""
+    import onnx
+    from onnx import numpy_helper
+
+    slim = onnx.ModelProto()
+    slim.CopyFrom(model)
+    tensors: dict[str, Typed] = {}
+    kept = []
+    for initializer in slim.graph.initializer:
+        kind = initializer.data_type
+        array = _elements(initializer, kind) if kind in DTYPES else None
+        if array is None or array.nbytes <= _INLINE_BYTES or "\n" in initializer.name:
+            kept.append(initializer if array is None else _compact(initializer, numpy_helper))
+        else:
+            tensors[initializer.name] = (array, kind)
+    del slim.graph.initializer[:]
+    slim.graph.initializer.extend(kept)
+    _strip(slim)
+    return slim.SerializeToString(deterministic=True), tensors
+
+
+def _elements(initializer: Any, kind: int) -> NDArray[Any]:
+    from onnx import numpy_helper
+
+    array = numpy_helper.to_array(initializer)
+    return array.view(np.uint16) if kind == BFLOAT16 else array
+
+
+def _compact(initializer: Any, numpy_helper: Any) -> Any:
+    return (
+        initializer
+        if initializer.raw_data
+        else numpy_helper.from_array(numpy_helper.to_array(initializer), initializer.name)
+    )
+
+
+def _strip(model: "ModelProto") -> None:
+    """Drop what describes the tracing, and shorten the names of values that nobody outside the graph can see."""
+    model.doc_string = model.producer_name = model.producer_version = model.domain = ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.name, graph.doc_string = "g", ""
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    for node in graph.node:
+        node.name = node.doc_string = ""
+        del node.metadata_props[:]
+    for item in (*graph.initializer, *graph.input, *graph.output):
+        item.doc_string = ""
+        del item.metadata_props[:]
+    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
+        return  # a subgraph may use names of the graph around it
+    made = [name for node in graph.node for name in node.output if name]
+    seen = {item.name for item in (*graph.input, *graph.output)}
+    taken = seen | {name for node in graph.node for name in node.input}
+    fresh = (token for token in _tokens() if token not in taken)
+    short = {name: next(fresh) for name in made if name not in seen}
+    for node in graph.node:
+        node.input[:] = [short.get(name, name) for name in node.input]
+        node.output[:] = [short.get(name, name) for name in node.output]
+
+
+def _tokens() -> Iterator[str]:
+    number = 0
+    while True:
+        yield np.base_repr(number, 36).lower()
+        number += 1
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, Typed]]:
+    data = path.read_bytes()
+    try:
+        size = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8 : 8 + size])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in SAFETENSORS:
+                raise ValueError(
+                    f"tensors must have one of the types {list(SAFETENSORS)}, got {entry['dtype']} in {name!r}"
+                )
+            kind = SAFETENSORS[entry["dtype"]]
+            start, end = entry["data_offsets"]
+            flat = np.frombuffer(data[8 + size + start : 8 + size + end], DTYPES[kind])
+            yield name, (flat.reshape(entry["shape"]), kind)
+    except (struct.error, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"source must be a safetensors file, got {path}, whose header cannot be read: {error}"
+        ) from error

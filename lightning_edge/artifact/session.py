@@ -1,0 +1,169 @@
+"""Run a file: one signature for every format, arrays in, arrays out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_edge.artifact.unpack import onnx_bytes
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """An input of a session; a dimension that is free is None."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+class Session:
+    """A loaded file. Call it with one array per input, in order; it returns an array, or a tuple of several."""
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Array]], Sequence[Array]],
+        *,
+        path: Path,
+        runtime: str,
+        threads: int,
+        inputs: Sequence[InputInfo],
+    ) -> None:
+        self._run = run
+        self.path, self.runtime, self.threads, self.inputs = path, runtime, threads, tuple(inputs)
+
+    def __call__(self, *arrays: Array) -> Array | tuple[Array, ...]:
+        """Return the outputs for one array per input.
+
+        Raises:
+            ValueError: If number, size or type of the arrays are not those of the inputs.
+        """
+        if len(arrays) != len(self.inputs):
+            names = [item.name for item in self.inputs]
+            raise ValueError(f"{self.path.name} must get {len(names)} arrays, {names}, got {len(arrays)}")
+        for item, array in zip(self.inputs, arrays, strict=True):
+            _check(self.path, item, np.asarray(array))
+        outputs = self._run([np.ascontiguousarray(array) for array in arrays])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def load_artifact(path: str | Path, *, threads: int = 1) -> Session:
+    """Load a ``.edge``, ``.onnx`` or ``.pte`` file into the runtime that runs it.
+
+    A ``.edge`` file is expanded in memory and runs in onnxruntime: numpy, onnxruntime and zstandard suffice for it.
+
+    Args:
+        path: The file; the suffix says which runtime.
+        threads: Threads of the runtime for one call. ExecuTorch has one pool in a process: the last load counts.
+
+    Raises:
+        ValueError: If the suffix is unknown, ``threads`` is below 1, or the file is damaged (``EdgeFormatError``).
+        FileNotFoundError: If there is no such file.
+        ImportError: If the runtime is not installed; says how to install it.
+    """
+    path = Path(path)
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    loaders = {".edge": _load_edge, ".onnx": _load_onnx, ".pte": _load_pte}
+    if path.suffix not in loaders:
+        raise ValueError(f"path must end in one of {list(loaders)}, got {path.name!r}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"path must be a file, got {str(path)!r}, which does not exist (seen from {Path.cwd()})"
+        )
+    return loaders[path.suffix](path, threads)
+
+
+def _load_edge(path: Path, threads: int) -> Session:
+    return _onnxruntime(onnx_bytes(path), path, threads)
+
+
+def _load_onnx(path: Path, threads: int) -> Session:
+    return _onnxruntime(str(path), path, threads)  # by its path: tensors may lie in files beside it
+
+
+def _onnxruntime(model: bytes | str, path: Path, threads: int) -> Session:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class
+        raise ValueError(f"onnxruntime must be able to load {path}, got: {error}") from error
+    inputs = [
+        InputInfo(
+            item.name, tuple(size if isinstance(size, int) else None for size in item.shape), _numpy_name(item.type)
+        )
+        for item in session.get_inputs()
+    ]
+    names = [item.name for item in inputs]
+
+    def run(arrays: Sequence[Array]) -> Sequence[Array]:
+        outputs: Sequence[Array] = session.run(None, dict(zip(names, arrays, strict=True)))
+        return outputs
+
+    return Session(run, path=path, runtime=f"onnxruntime {onnxruntime.__version__}", threads=threads, inputs=inputs)
+
+
+def _load_pte(path: Path, threads: int) -> Session:
+    try:
+        import torch
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+        from executorch.runtime import Runtime
+    except ImportError as error:
+        message = f"ExecuTorch must be installed to run {path.name}: pip install 'lightning-edge[executorch]'"
+        raise ImportError(message) from error
+    from importlib.metadata import version
+
+    _unsafe_reset_threadpool(threads)
+    method = Runtime.get().load_program(path).load_method("forward")
+    metadata = method.metadata
+    inputs = []
+    for index in range(metadata.num_inputs()):
+        item = metadata.input_tensor_meta(index)
+        # The batch is the largest that the file was made for; smaller ones run too where it was made dynamic.
+        inputs.append(InputInfo(f"input{index}", (None, *item.sizes()[1:]), _TORCH_CODES.get(item.dtype(), "float32")))
+
+    def run(arrays: Sequence[Array]) -> Sequence[Array]:
+        tensors = [torch.from_numpy(array) for array in arrays]
+        return [output.numpy() for output in method.execute(tensors)]
+
+    return Session(run, path=path, runtime=f"ExecuTorch {version('executorch')}", threads=threads, inputs=inputs)
+
+
+_TORCH_CODES = {
+    0: "uint8",
+    1: "int8",
+    2: "int16",
+    3: "int32",
+    4: "int64",
+    5: "float16",
+    6: "float32",
+    7: "float64",
+    11: "bool",
+}
+
+
+def _numpy_name(onnx_type: str) -> str:
+    """Return numpy's name of ``tensor(float)`` and the like."""
+    name = onnx_type.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def _check(path: Path, item: InputInfo, array: Array) -> None:
+    fits = array.ndim == len(item.shape) and all(
+        want is None or want == got for want, got in zip(item.shape, array.shape, strict=False)
+    )
+    if not fits or array.dtype.name != item.dtype:
+        wanted = tuple("any" if size is None else size for size in item.shape)
+        raise ValueError(
+            f"input {item.name!r} of {path.name} must be {item.dtype} of shape {wanted}, got {array.dtype} of"
+            f" {array.shape}"
+        )

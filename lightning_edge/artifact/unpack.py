@@ -1,0 +1,242 @@
+"""Read a packed file: its tensors, its graph, or an ordinary ONNX or safetensors file. Needs numpy and zstandard."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_edge.artifact.format import INDEX, MAX_BYTES, META, TENSORS, Section, read_bytes, section_data
+from lightning_edge.artifact.format import split_sections as split
+from lightning_edge.artifact.tensors import (
+    BFLOAT16,
+    DTYPES,
+    PackedTensor,
+    decode_tensor,
+    inflate,
+    order0_bits,
+    read_record,
+)
+from lightning_edge.functional.bytestream import EdgeFormatError, varint
+
+SAFETENSORS = {
+    "F32": 1,
+    "U8": 2,
+    "I8": 3,
+    "U16": 4,
+    "I16": 5,
+    "I32": 6,
+    "I64": 7,
+    "BOOL": 9,
+    "F16": 10,
+    "F64": 11,
+    "U32": 12,
+    "U64": 13,
+    "BF16": BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a packed file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    distinct: int
+    zeros: int
+    codec: str
+    size_bytes: int
+    bits_per_weight: float
+    entropy_bits: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a packed file: its sections and tensors, sizes in bytes."""
+
+    path: str
+    size_bytes: int
+    tool_version: str
+    recipe_hash: str
+    graph_bytes: int
+    sections: tuple[Section, ...]
+    tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A packed file, opened: names and records of its tensors, and the ONNX graph without them (may be empty)."""
+
+    sections: list[Section]
+    tool_version: str
+    recipe_hash: str
+    graph: bytes
+    records: dict[str, PackedTensor]
+
+
+def open_file(path: str | Path) -> Contents:
+    """Open a packed file: check lengths and checksums, and read everything but the tensors' elements.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        EdgeFormatError: If it is damaged, cut short, hostile or of a later version.
+    """
+    return parse(read_bytes(path))
+
+
+def parse(data: bytes) -> Contents:
+    """Open the bytes of a packed file, see :func:`open_file`."""
+    sections = split(data)
+    meta = section_data(data, sections, META)
+    version, _, recipe = _text(bytes(meta.take(meta.left)), meta.offset).partition("\0")
+    index = section_data(data, sections, INDEX)
+    start = index.offset
+    inside = memoryview(inflate(index, limit=MAX_BYTES))
+    names, graph = _split_index(inside, start)
+    reader = section_data(data, sections, TENSORS)
+    records: dict[str, PackedTensor] = {}
+    left = MAX_BYTES
+    for name in names:
+        record = read_record(reader, limit=left)
+        left -= record.elements * DTYPES[record.dtype].itemsize
+        records[name] = record
+    reader.end()
+    if len(records) != len(names):
+        raise EdgeFormatError("tensor names must differ, got one twice", offset=start)
+    return Contents(sections, version, recipe, graph, records)
+
+
+def read_tensors(path: str | Path) -> dict[str, NDArray[Any]]:
+    """Return the tensors of a packed file by name, bit by bit what was packed (bfloat16 as the uint16 of its bits).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        EdgeFormatError: If it is damaged, cut short, hostile or of a later version.
+    """
+    return {name: decode_tensor(record) for name, record in open_file(path).records.items()}
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Return what is in a packed file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        EdgeFormatError: If it is damaged, cut short, hostile or of a later version.
+    """
+    contents = open_file(path)
+    rows = []
+    for name, record in contents.records.items():
+        array = decode_tensor(record)
+        count = max(1, array.size)
+        rows.append(
+            TensorInfo(
+                name=name,
+                shape=record.shape,
+                dtype="bfloat16" if record.dtype == BFLOAT16 else array.dtype.name,
+                distinct=len(np.unique(array)),
+                zeros=int(array.size - np.count_nonzero(array)),
+                codec=record.codec,
+                size_bytes=record.size,
+                bits_per_weight=8 * record.size / count,
+                entropy_bits=order0_bits(array),
+            )
+        )
+    size = Path(path).stat().st_size
+    sections = tuple(contents.sections)
+    graph_bytes = next(section.size for section in sections if section.kind == INDEX)
+    return Inspection(str(path), size, contents.tool_version, contents.recipe_hash, graph_bytes, sections, tuple(rows))
+
+
+def onnx_bytes(path: str | Path) -> bytes:
+    """Return the ONNX model of a packed file, serialized, every tensor inside.
+
+    Protocol buffers that are written one behind the other are read as one: the graph without its tensors, then a model
+    of tensors alone. So this needs no ONNX library.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        EdgeFormatError: If it is damaged, or holds tensors alone.
+    """
+    contents = open_file(path)
+    if not contents.graph:
+        raise EdgeFormatError(
+            "the file must hold a graph to be run, got tensors alone: unpack it to .safetensors", offset=0
+        )
+    tensors = b"".join(_field(5, _tensor_proto(name, record)) for name, record in contents.records.items())
+    model = contents.graph + _field(7, tensors)
+    if len(model) > MAX_BYTES:
+        raise EdgeFormatError(f"a model must have at most {MAX_BYTES:,} bytes, got {len(model):,}", offset=0)
+    return model
+
+
+def unpack(path: str | Path, out: str | Path) -> Path:
+    """Write a packed file as an ordinary one; the suffix of ``out`` decides: ``.onnx`` or ``.safetensors``.
+
+    Raises:
+        ValueError: If the suffix is another one.
+        FileNotFoundError: If there is no such file.
+        EdgeFormatError: If it is damaged, or has no graph for ``.onnx``.
+    """
+    out = Path(out)
+    writers: dict[str, Callable[[str | Path], bytes]] = {".onnx": onnx_bytes, ".safetensors": _safetensors_bytes}
+    if out.suffix not in writers:
+        raise ValueError(f"out must end in one of {list(writers)}, got {out.name!r}")
+    return write_atomically(out, writers[out.suffix](path))
+
+
+def write_atomically(path: Path, data: bytes) -> Path:
+    """Write to a temporary name in the same folder and rename: ``path`` is the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _split_index(inside: memoryview, offset: int) -> tuple[list[str], bytes]:
+    from lightning_edge.functional.bytestream import ByteReader
+
+    reader = ByteReader(inside, offset=offset)
+    joined = _text(bytes(reader.take(reader.varint(limit=MAX_BYTES))), offset)
+    return joined.split("\n") if joined else [], bytes(reader.take(reader.left))
+
+
+def _text(data: bytes, offset: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise EdgeFormatError(f"text must be UTF-8: {error.reason}", offset=offset) from error
+
+
+def _field(number: int, data: bytes) -> bytes:
+    """A length-delimited field of a protocol buffer."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def _tensor_proto(name: str, record: PackedTensor) -> bytes:
+    dims = b"".join(varint(1 << 3) + varint(size) for size in record.shape)
+    kind = varint(2 << 3) + varint(record.dtype)
+    return dims + kind + _field(8, name.encode()) + _field(9, decode_tensor(record).tobytes())
+
+
+def _safetensors_bytes(path: str | Path) -> bytes:
+    codes = {code: name for name, code in SAFETENSORS.items()}
+    header: dict[str, Any] = {}
+    parts: list[bytes] = []
+    position = 0
+    for name, record in open_file(path).records.items():
+        parts.append(decode_tensor(record).tobytes())
+        end = position + len(parts[-1])
+        header[name] = {"dtype": codes[record.dtype], "shape": record.shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + b"".join(parts)

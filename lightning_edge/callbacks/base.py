@@ -1,0 +1,180 @@
+"""What every compression callback sees to: where the network is, legal orders, ranks that agree, honest resumes."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from lightning_edge.callbacks.resume import ExactResume
+from lightning_edge.surgery.selection import find_network
+
+SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+class CompressionCallback(L.Callback):
+    """Base of the callbacks that change a network while it is trained.
+
+    A subclass says in :meth:`check` what it needs of the network, in :meth:`decisions` at which epochs it changes it,
+    and keeps what it needs to go on in its own ``state_dict``: the weights themselves stay those of the plain network.
+    """
+
+    technique: ClassVar[str]
+    """What the callback does, one word."""
+    follows: ClassVar[tuple[str, ...]] = ()
+    """Techniques that may not change the network any more from :meth:`fixes_at` on."""
+    network: str | None = None
+    _resumed = False
+
+    def check(self, network: nn.Module, *, max_epochs: float) -> None:
+        """Raise a ValueError if the callback cannot do its work on ``network`` within ``max_epochs``."""
+
+    def reset(self) -> None:
+        """Forget an earlier fit of this callback; a resumed one loads its state afterwards."""
+        self._resumed = False
+
+    def decisions(self) -> tuple[int, int]:
+        """Return the first and the last epoch (zero-based) at whose start the callback changes the network."""
+        raise TypeError(f"{type(self).__name__} must say at which epochs it changes the network")
+
+    def fixes_at(self) -> float:
+        """Return the epoch from which the techniques that this one follows may not change the network any more."""
+        return self.decisions()[0]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before any training."""
+        if stage != "fit":
+            return
+        self.reset()
+        if isinstance(trainer.strategy, SHARDING):
+            raise ValueError(
+                f"strategy must keep whole parameters on every device, got {type(trainer.strategy).__name__}, which"
+                f" shards them: {type(self).__name__} needs 'auto', 'ddp' or a single device"
+            )
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()  # the layers do not exist before, and Lightning calls it only after setup
+        # A trial run of one batch never reaches the schedule: its length is no mistake in the arguments.
+        max_epochs = math.inf if is_trial(trainer) or trainer.max_epochs in (None, -1) else trainer.max_epochs
+        assert max_epochs is not None
+        self.check(find_network(pl_module, self.network), max_epochs=max_epochs)
+        if self is _compressing(trainer)[0]:
+            check_order(_compressing(trainer))
+            _warn_of_early_choices(trainer)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say when a resumed run will draw another data order than the run that it goes on from."""
+        exact = any(isinstance(callback, ExactResume) for callback in _callbacks(trainer))
+        if self._resumed and not exact and self is _compressing(trainer)[0]:
+            rank_zero_warn(
+                "This run is resumed without ExactResume(): Lightning restores no random states, so data order,"
+                " augmentation and dropout differ from the uninterrupted run. Add ExactResume() to the callbacks."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: tensors, numbers and strings only."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._resumed = True
+
+    def networks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[nn.Module]:
+        """Yield the network, then its copy in every ``WeightAveraging`` callback of the trainer."""
+        yield find_network(pl_module, self.network)
+        for callback in _callbacks(trainer):
+            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+                yield find_network(callback._average_model.module, self.network)
+
+
+def check_order(callbacks: Iterable[CompressionCallback]) -> None:
+    """Refuse orders in which one technique undoes another.
+
+    * Pruning ends before sharing begins: a weight that is pruned later would leave its cluster, and come back with it.
+    * Observers freeze after the last change of the network: they would keep the ranges of another network.
+
+    At one and the same epoch the order of the list decides.
+
+    Raises:
+        ValueError: With the legal order.
+    """
+    ordered = list(enumerate(callbacks))
+    for place, callback in ordered:
+        for other_place, other in ordered:
+            end, begin = other.decisions()[1], callback.fixes_at()
+            if other.technique in callback.follows and (end, other_place) > (begin, place):
+                raise ValueError(
+                    f"{type(other).__name__} must end before {type(callback).__name__} fixes what it changes, got epoch"
+                    f" {end} (place {other_place} in the list) and epoch {begin:g} (place {place}): legal is pruning,"
+                    " then sharing, then frozen observers; within an epoch the list of callbacks is the order"
+                )
+
+
+def is_trial(trainer: L.Trainer) -> bool:
+    """Return whether this is a ``fast_dev_run``, which never reaches a schedule."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def state_tensors(owner: str, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the saved tensors on the devices of the weights that they belong to.
+
+    Raises:
+        ValueError: If names or shapes differ: the checkpoint is of another network or another selection.
+    """
+    wanted = {name: tuple(weight.shape) for name, weight in weights.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if wanted != found:
+        names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise ValueError(
+            f"{owner} must select the layers that the checkpoint was made with, got a difference at {names[:4]}:"
+            " resume with the same include, exclude and network"
+        )
+    return {name: saved[name].to(weight.device) for name, weight in weights.items()}
+
+
+def require_agreement(trainer: L.Trainer, tensors: Iterable[Tensor], *, what: str) -> None:
+    """Raise on every rank unless all ranks hold the same bits.
+
+    Raises:
+        RuntimeError: If the ranks' SHA-256 sums differ.
+    """
+    if trainer.world_size == 1:
+        return
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    mine = torch.tensor(list(digest.digest()), dtype=torch.uint8, device=trainer.strategy.root_device)
+    everyone = trainer.strategy.all_gather(mine)
+    if not bool((everyone == mine).all()):
+        raise RuntimeError(
+            f"{what} must be the same on every rank, got {len(torch.unique(everyone, dim=0))} different ones at epoch"
+            f" {trainer.current_epoch}: the ranks' weights have diverged; is every parameter in the strategy's care?"
+        )
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _compressing(trainer: L.Trainer) -> list[CompressionCallback]:
+    return [callback for callback in _callbacks(trainer) if isinstance(callback, CompressionCallback)]
+
+
+def _warn_of_early_choices(trainer: L.Trainer) -> None:
+    last = max(callback.decisions()[1] for callback in _compressing(trainer))
+    for callback in _callbacks(trainer):
+        if isinstance(callback, EarlyStopping):
+            rank_zero_warn(
+                f"EarlyStopping may end the fit before epoch {last}, the last at which the network is compressed."
+            )
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            rank_zero_warn(
+                f"ModelCheckpoint(monitor={callback.monitor!r}) may choose an epoch before {last}, the last at which"
+                " the network is compressed: its best checkpoint can be a dense one."
+            )

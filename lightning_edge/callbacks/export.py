@@ -1,0 +1,139 @@
+"""Write the files that ship, and run each before the fit is called a success."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_edge.artifact import load_artifact
+from lightning_edge.export import export
+from lightning_edge.export.verification import ArtifactMismatchError, Verification, verify
+from lightning_edge.surgery.selection import find_network
+
+FORMATS = ("edge", "onnx", "pte")
+
+
+class ExportArtifacts(L.Callback):
+    """Export the trained network at the end of the fit, and check every file in the runtime that will run it.
+
+    On rank zero each file is written into a folder that holds it alone, run there on the whole validation data, and
+    compared with the trained module; only then is it moved to ``folder``. A file that disagrees stays beside it as
+    ``NAME.rejected.SUFFIX``, and every rank raises. A run that is resumed from its finished checkpoint exports again,
+    to the same bytes.
+
+    Args:
+        folder: Where ``NAME.SUFFIX`` of each format goes; made when missing.
+        formats: ``"edge"`` (packed), ``"onnx"`` (onnxruntime), ``"pte"`` (ExecuTorch, needs the extra ``executorch``).
+        name: Name of the files without suffix.
+        min_agreement: Smallest fraction of validation rows whose label must be that of the trained module, in [0, 1].
+        recipe_hash: What the packed file says about the settings that made it.
+        network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
+
+    Raises:
+        ValueError: If a format is unknown; at ``setup``, if there is no validation data or ExecuTorch is missing.
+        ArtifactMismatchError: At the end of the fit, if a file disagrees with the trained module.
+
+    >>> ExportArtifacts("out", formats=["edge"]).formats
+    ('edge',)
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        formats: Sequence[str] = ("edge", "onnx"),
+        name: str = "model",
+        min_agreement: float = 0.99,
+        recipe_hash: str = "",
+        network: str | None = None,
+    ) -> None:
+        unknown = [suffix for suffix in formats if suffix not in FORMATS]
+        if unknown or not formats or isinstance(formats, str):
+            raise ValueError(f"formats must be a list of some of {list(FORMATS)}, got {formats!r}")
+        if not 0.0 <= min_agreement <= 1.0:
+            raise ValueError(f"min_agreement must lie in [0, 1], a fraction of the rows, got {min_agreement}")
+        self.folder, self.formats, self.name = Path(folder), tuple(formats), name
+        self.min_agreement, self.recipe_hash, self.network = min_agreement, recipe_hash, network
+        self.verifications: dict[str, Verification] = {}
+        """After the fit, on rank zero: how each format compared with the trained module."""
+
+    def check(self, network: nn.Module, *, max_epochs: float) -> None:
+        """Raise a ValueError if a format needs what is not installed."""
+        if "pte" in self.formats and find_spec("executorch") is None:
+            raise ValueError('formats must not hold "pte" without ExecuTorch: pip install "lightning-edge[executorch]"')
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse, before any training, what would fail at its end."""
+        if stage != "fit":
+            return
+        self.check(find_network(pl_module, self.network), max_epochs=trainer.max_epochs or 0)
+        if not trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
+            raise ValueError("fit must have validation data, on which ExportArtifacts checks the files, got none")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Export and check on rank zero; what it finds is raised on every rank."""
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        failure: list[Any] = [None]
+        if trainer.is_global_zero:
+            try:
+                self._export(trainer, pl_module)
+            except Exception as error:
+                if trainer.world_size == 1:
+                    raise
+                failure = [error]
+        if trainer.world_size > 1:
+            # The strategy is torn down by now, its process group is not.
+            told = [None if failure[0] is None else f"{type(failure[0]).__name__} on rank 0: {failure[0]}"]
+            torch.distributed.broadcast_object_list(told, src=0)
+            if told[0] is not None:
+                raise failure[0] or ArtifactMismatchError(told[0])
+
+    @torch.no_grad()
+    def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        network = find_network(pl_module, self.network)
+        was_training = network.training
+        network.eval()
+        try:
+            example = (next(self._inputs(trainer, pl_module)),)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for suffix in self.formats:
+                self._export_one(suffix, trainer, pl_module, example)
+        finally:
+            network.train(was_training)
+
+    def _export_one(
+        self, suffix: str, trainer: L.Trainer, pl_module: L.LightningModule, example: tuple[Tensor, ...]
+    ) -> None:
+        network = find_network(pl_module, self.network)
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as alone:
+            path = Path(alone) / f"{self.name}.{suffix}"
+            export(network, path, example_inputs=example, recipe_hash=self.recipe_hash)
+            verification = verify(load_artifact(path), network, self._inputs(trainer, pl_module))
+            try:
+                verification.check(path.name, min_agreement=self.min_agreement)
+            except ArtifactMismatchError:
+                os.replace(path, self.folder / f"{self.name}.rejected.{suffix}")
+                raise
+            self.verifications[suffix] = verification
+            os.replace(path, self.folder / path.name)
+        rank_zero_info(f"{self.folder / path.name}: {(self.folder / path.name).stat().st_size:,} bytes, {verification}")
+
+    def _inputs(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Tensor]:
+        """Yield the inputs of the whole validation data: the loader as the user gave it, not this rank's share."""
+        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+        with torch.random.fork_rng(devices=[]):
+            for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+                for batch in loader:
+                    yield (batch[0] if isinstance(batch, list | tuple) else batch).to(_device(pl_module))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

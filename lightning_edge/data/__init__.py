@@ -1,0 +1,6 @@
+"""The data modules that the recipes name."""
+
+from lightning_edge.data.digits import DigitsDataModule
+from lightning_edge.data.mnist import MNISTDataModule
+
+__all__ = ["DigitsDataModule", "MNISTDataModule"]

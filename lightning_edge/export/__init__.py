@@ -1,0 +1,71 @@
+"""Networks as files that a runtime opens: ONNX, ExecuTorch, and the packed ``.edge``."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SUFFIXES = (".edge", ".onnx", ".pte")
+
+__all__ = ["SUFFIXES", "export"]
+
+
+def export(
+    module: "nn.Module", path: str | Path, *, example_inputs: "tuple[Tensor, ...]", recipe_hash: str = ""
+) -> Path:
+    """Write the network as one file that holds all it needs; the suffix of ``path`` says which kind.
+
+    A network under quantization-aware training is written as its int8 network, any other in float with every weight bit
+    for bit. The file appears whole or not at all, and the same network gives the same bytes.
+
+    Args:
+        module: The network. It is exported in evaluation mode and left as it was.
+        path: Ends in ``.onnx`` (onnxruntime, any batch size), ``.pte`` (ExecuTorch on XNNPACK, batches up to
+            ``export.executorch.MAX_BATCH``), or ``.edge`` (the ONNX model, entropy-coded).
+        example_inputs: Positional inputs, batch first; they give types and sizes, their values do not matter.
+        recipe_hash: Kept in a ``.edge`` file to say which settings made it.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: If the suffix is unknown, or the network cannot be traced.
+        FileNotFoundError: If the folder does not exist.
+        ImportError: If ``.pte`` is asked for without ExecuTorch.
+
+    >>> import torch
+    >>> export(torch.nn.Linear(4, 3), "model.onnx", example_inputs=(torch.zeros(2, 4),)).name
+    'model.onnx'
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path must end in one of {list(SUFFIXES)}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"path must lie in a folder that exists, got {str(path)!r}: make {str(path.parent)!r} first"
+        )
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        draft = Path(folder) / path.name
+        _write(module, draft, example_inputs, recipe_hash)
+        draft.replace(path)
+    return path
+
+
+def _write(module: "nn.Module", path: Path, example_inputs: "tuple[Tensor, ...]", recipe_hash: str) -> None:
+    # Imported here, so that reading a file needs no torch and writing ONNX no ExecuTorch.
+    if path.suffix == ".pte":
+        from lightning_edge.export.executorch import to_executorch
+
+        path.write_bytes(to_executorch(module, example_inputs))
+        return
+    from lightning_edge.export.onnx import to_onnx
+
+    model = to_onnx(module, example_inputs)
+    if path.suffix == ".onnx":
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return
+    from lightning_edge.artifact import pack
+
+    pack(model, path, recipe_hash=recipe_hash)

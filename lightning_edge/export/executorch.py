@@ -1,0 +1,73 @@
+"""A network as an ExecuTorch program that runs on XNNPACK."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from lightning_edge.surgery.capture import keep_random_state
+from lightning_edge.surgery.quantization import deployed
+
+MAX_BATCH = 64
+
+
+def to_executorch(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> bytes:
+    """Return the network in evaluation mode as an ExecuTorch program (``.pte``), lowered to XNNPACK.
+
+    A captured network becomes its int8 network. A program plans its memory ahead, for a batch of any size from 1 to
+    :data:`MAX_BATCH`; a larger one is refused by the runtime. Inputs must be contiguous. The same network gives the
+    same bytes.
+
+    Args:
+        module: The network, plain or captured by :func:`~lightning_edge.surgery.quantization.capture_`; not changed.
+        example_inputs: Positional inputs, batch first.
+
+    Raises:
+        ImportError: If ExecuTorch is not installed.
+        ValueError: If the network cannot be traced, or its observers have seen no data.
+    """
+    graph_module = deployed(module, example_inputs, split_norms=False)
+    _spell_out_strides(graph_module)
+    inputs = tuple(torch.cat([value, value]) if len(value) == 1 else value[:MAX_BATCH] for value in example_inputs)
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    shapes = tuple({0: batch} if len(value) == len(inputs[0]) else None for value in inputs)
+    with _quiet(), keep_random_state():
+        return _lower(graph_module, inputs, shapes)
+
+
+def _lower(graph_module: GraphModule, inputs: tuple[Tensor, ...], shapes: tuple[object, ...]) -> bytes:
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    except ImportError as error:
+        raise ImportError(
+            'the format .pte needs ExecuTorch, which is not installed: pip install "lightning-edge[executorch]"'
+        ) from error
+    # While tracing, torch asks which kernel it would take for a convolution: MKL-DNN's or NNPACK's, depending on
+    # whether the batch is below 16. The answer becomes a limit: a program planned for 15 images at most.
+    with torch.backends.nnpack.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+        program = torch.export.export(graph_module, inputs, dynamic_shapes=shapes)
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        return bytes(lowered.to_executorch().buffer)
+
+
+def _spell_out_strides(graph_module: GraphModule) -> None:
+    """Give pools without a stride, for which torch takes the kernel's size, that size: XNNPACK's partitioner asks."""
+    for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.max_pool2d.default):
+        if len(node.args) < 3 or not node.args[2]:
+            node.args = (*node.args[:2], node.args[1], *node.args[3:])
+    graph_module.recompile()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what ExecuTorch and torch say about each other's deprecations while a network is lowered."""
+    with warnings.catch_warnings():
+        # No code of the user's runs here, so that none of these could be mended by one.
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN", category=UserWarning)
+        yield

@@ -1,0 +1,113 @@
+"""The quantized ONNX graph in the form that onnxruntime and OpenVINO run with integer kernels on x86 and ARM."""
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+_Array = npt.NDArray[np.generic]
+
+
+class _Graph:
+    """Initializers and producers of an ONNX graph by name, kept right while it is edited."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+        self.producers = {output: node for node in graph.node for output in node.output}
+
+    def add(self, name: str, value: _Array) -> str:
+        """Add a constant under the first free name."""
+        free, count = name, 0
+        while free in self.constants or free in self.producers:
+            count += 1
+            free = f"{name}_{count}"
+        self.constants[free] = value
+        self.graph.initializer.append(numpy_helper.from_array(value, free))
+        return free
+
+
+def use_integer_kernels_(model: onnx.ModelProto) -> None:
+    """Rewrite quantize/dequantize pairs so that runtimes fuse them; the numbers stay the same.
+
+    * int8 activations become uint8: 128 is added to the zero point (int8 ones are slow on x86).
+    * Biases of quantized layers become int32 with scale s_x * s_w per channel, zero point 0.
+    * A mean over all positions becomes the global average pool that has an integer kernel.
+
+    The bias changes by at most half of s_x * s_w, one unit of the accumulator.
+    """
+    graph = _Graph(model.graph)
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            _quantize_bias(graph, node)
+        elif node.op_type == "ReduceMean":
+            _pool_globally(graph, node)
+    _shift_activations(graph)
+    _sort_and_prune(model.graph)
+    del model.graph.value_info[:]  # still says int8
+
+
+def _shift_activations(graph: _Graph) -> None:
+    shifted: dict[str, str] = {}
+    for node in graph.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3:
+            continue
+        name = node.input[2]
+        zero_point = graph.constants.get(name)
+        if zero_point is None or zero_point.ndim or zero_point.dtype != np.int8:  # one per channel: a weight
+            continue
+        if name not in shifted:
+            shifted[name] = graph.add(f"{name}_uint8", np.asarray(zero_point.astype(np.int16) + 128, dtype=np.uint8))
+        node.input[2] = shifted[name]
+
+
+def _quantize_bias(graph: _Graph, node: onnx.NodeProto) -> None:
+    data, weight = (graph.producers.get(name) for name in node.input[:2])
+    if data is None or weight is None or {data.op_type, weight.op_type} != {"DequantizeLinear"} or len(node.input) < 3:
+        return
+    bias = graph.constants.get(node.input[2])
+    if bias is None or bias.dtype != np.float32 or _has_factors(node):
+        return
+    step = np.asarray(graph.constants[data.input[1]] * graph.constants[weight.input[1]], dtype=np.float32)
+    name = node.input[2].removesuffix("_folded")
+    stored = graph.add(f"{name}_int32", np.rint(bias / step.astype(np.float64)).astype(np.int32))
+    zero_point = graph.add(f"{name}_zero_point", np.zeros(len(bias), np.int32))
+    inputs = [stored, graph.add(f"{name}_scale", step), zero_point]
+    output = f"{name}_of_{node.output[0]}"
+    graph.graph.node.append(helper.make_node("DequantizeLinear", inputs, [output], name=f"{node.name}_bias", axis=0))
+    node.input[2] = output
+
+
+def _has_factors(node: onnx.NodeProto) -> bool:
+    factors = {item.name: item.f for item in node.attribute if item.name in ("alpha", "beta")}
+    return any(value != 1.0 for value in factors.values())
+
+
+def _pool_globally(graph: _Graph, node: onnx.NodeProto) -> None:
+    axes = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
+    keeps = all(item.i for item in node.attribute if item.name == "keepdims")
+    source = graph.producers.get(node.input[0])
+    if axes is None or not keeps or source is None or source.op_type != "DequantizeLinear":
+        return
+    if sorted(int(axis) for axis in axes) in ([2, 3], [-2, -1]) and _rank(graph, node.output[0]) == 4:
+        node.op_type = "GlobalAveragePool"
+        del node.input[1:], node.attribute[:]
+
+
+def _rank(graph: _Graph, name: str) -> int | None:
+    for info in graph.graph.value_info:
+        if info.name == name:
+            return len(info.type.tensor_type.shape.dim)
+    return None
+
+
+def _sort_and_prune(graph: onnx.GraphProto) -> None:
+    """Put what is computed from constants alone first, so that each value is made before it is read; drop unread."""
+    constants = {item.name for item in graph.initializer}
+    nodes = sorted(graph.node, key=lambda node: not constants.issuperset(node.input))
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    read = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+    kept = [onnx.TensorProto.FromString(item.SerializeToString()) for item in graph.initializer if item.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)

@@ -1,0 +1,1 @@
+"""The mathematics: tensors and numbers in, new tensors out. Importing it imports nothing else."""

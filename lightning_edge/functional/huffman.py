@@ -1,0 +1,151 @@
+"""Canonical Huffman codes of limited length, decoded chunk by chunk in parallel by one table."""
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_edge.functional.bytestream import BitReader, BitWriter, ByteReader, varint
+
+MAX_LENGTH = 15
+_CHUNK_BITS = 1 << 14  # about 16,000 bits to a chunk: the position of its end costs about 0.1 %
+Counts = NDArray[np.int64]
+Symbols = NDArray[np.int64]
+
+
+def code_lengths(counts: Counts, *, max_length: int = MAX_LENGTH) -> NDArray[np.int64]:
+    """Return the best code lengths of at most ``max_length`` bits (package-merge, Larmore and Hirschberg 1990).
+
+    Args:
+        counts: How often each symbol occurs, shape (symbols,); one that does not occur gets length 0.
+        max_length: Largest length in bits; 2**max_length symbols can have a code.
+
+    Raises:
+        ValueError: If there are more symbols than codes.
+
+    >>> code_lengths(np.array([5, 1, 0, 1]))
+    array([1, 2, 0, 2])
+    """
+    used = np.flatnonzero(counts)
+    lengths = np.zeros(len(counts), dtype=np.int64)
+    if len(used) > 1 << max_length:
+        raise ValueError(f"counts must have at most {1 << max_length} symbols in use, got {len(used)}")
+    if len(used) == 1:
+        lengths[used] = 1
+        return lengths
+    leaves = sorted((int(counts[symbol]), (int(symbol),)) for symbol in used)
+    packages = leaves
+    for _ in range(max_length - 1):
+        merged = [
+            (left[0] + right[0], left[1] + right[1]) for left, right in zip(packages[::2], packages[1::2], strict=False)
+        ]
+        packages = list(heapq.merge(leaves, merged))
+    for _, symbols in packages[: 2 * len(used) - 2]:
+        np.add.at(lengths, list(symbols), 1)
+    return lengths
+
+
+def huffman_bytes(counts: Counts) -> int:
+    """Return about how many bytes :func:`huffman_encode` takes for symbols of these counts.
+
+    >>> huffman_bytes(np.array([4, 4]))
+    4
+    """
+    lengths = code_lengths(counts)
+    bits = int((counts * lengths).sum())
+    return 2 + (bits + 7) // 8 + (4 * len(counts) + 7) // 8 + 2 * (bits // _CHUNK_BITS)
+
+
+def huffman_encode(symbols: Symbols, alphabet: int) -> bytes:
+    """Return the symbols as a table of code lengths (4 bits each), chunk sizes and code bits.
+
+    Args:
+        symbols: Numbers in [0, alphabet), flat, not empty.
+        alphabet: Number of symbols; known to the decoder.
+
+    >>> huffman_decode(ByteReader(huffman_encode(np.array([2, 0, 2]), 3)), 3, 3)
+    array([2, 0, 2])
+    """
+    lengths = code_lengths(np.bincount(symbols, minlength=alphabet))
+    table = BitWriter()
+    for length in lengths:
+        table.write(int(length), 4)
+    width = lengths[symbols]
+    ends = np.cumsum(width)
+    bits = np.zeros(int(ends[-1]), dtype=np.uint8)
+    code = _codes(lengths)[symbols]
+    for bit in range(int(lengths.max())):  # the same bit of every code at once, counted from its end
+        has = width > bit
+        bits[ends[has] - 1 - bit] = code[has] >> bit & 1
+    chunks = max(1, len(bits) // _CHUNK_BITS)
+    size = -(-len(symbols) // chunks)
+    starts = np.concatenate([[0], ends[size - 1 : -1 : size]])
+    sizes = b"".join(varint(int(step)) for step in np.diff(starts))
+    return table.bytes() + varint(chunks) + sizes + np.packbits(bits).tobytes()
+
+
+def huffman_decode(reader: ByteReader, count: int, alphabet: int) -> Symbols:
+    """Return ``count`` symbols from the rest of ``reader``.
+
+    Raises:
+        EdgeFormatError: If the bytes are no such stream.
+
+    >>> huffman_decode(ByteReader(huffman_encode(np.array([1, 1, 0]), 2)), 3, 2)
+    array([1, 1, 0])
+    """
+    table = BitReader(reader)
+    lengths = np.array([table.read(4) for _ in range(alphabet)], dtype=np.int64)
+    longest = int(lengths.max())
+    if longest == 0 or int((1 << longest - lengths[lengths > 0]).sum()) > 1 << longest:
+        raise reader.error("code lengths must leave room for every code (Kraft's inequality), got some that do not")
+    chunks = reader.varint(limit=count)
+    size = -(-count // max(chunks, 1))
+    if chunks == 0 or size * (chunks - 1) >= count:
+        raise reader.error(f"{count} symbols must fill every chunk, got {chunks} chunks")
+    starts = np.cumsum([0, *(reader.varint(limit=size * MAX_LENGTH) for _ in range(chunks - 1))])
+    data = np.frombuffer(reader.take(reader.left), dtype=np.uint8)
+    total = 8 * len(data)
+    if starts[-1] > total:
+        raise reader.error(f"chunks must start within {total} bits, got {starts[-1]}")
+    padded = np.concatenate([data, np.zeros(4, dtype=np.uint8)]).astype(np.int64)
+    symbol_of, length_of = _decoding_table(lengths, longest)
+    position = starts.astype(np.int64)
+    out = np.zeros((size, chunks), dtype=np.int64)
+    last = len(data)
+    for step in range(size):
+        byte = np.minimum(position >> 3, last)
+        window = padded[byte] << 16 | padded[byte + 1] << 8 | padded[byte + 2]
+        code = window >> 24 - longest - (position & 7) & (1 << longest) - 1
+        out[step] = symbol_of[code]
+        position += length_of[code]
+    full = count - size * (chunks - 1)  # the last chunk can be shorter: what it decoded beyond is no data
+    if chunks > 1 and bool((position[:-1] != starts[1:]).any()):
+        raise reader.error("every chunk must end where the next one starts, got one that does not")
+    symbols = out.T.reshape(-1)[: size * (chunks - 1) + full]
+    end = int(starts[-1] + lengths[symbols[size * (chunks - 1) :]].sum())
+    if bool((symbols < 0).any()) or not total - 8 < end <= total:
+        raise reader.error(f"codes must end in the last of {total} bits, got an end at {end}")
+    return symbols
+
+
+def _codes(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the canonical code of each symbol: ordered by length, then by symbol."""
+    codes = np.zeros(len(lengths), dtype=np.int64)
+    code = previous = 0
+    for symbol in sorted(np.flatnonzero(lengths), key=lambda symbol: (lengths[symbol], symbol)):
+        code <<= int(lengths[symbol]) - previous
+        previous = int(lengths[symbol])
+        codes[symbol] = code
+        code += 1
+    return codes
+
+
+def _decoding_table(lengths: NDArray[np.int64], longest: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return, for every window of ``longest`` bits, its first symbol (-1: none) and that code's length."""
+    symbols = np.full(1 << longest, -1, dtype=np.int64)
+    widths = np.ones(1 << longest, dtype=np.int64)
+    for symbol, code in zip(np.flatnonzero(lengths), _codes(lengths)[lengths > 0], strict=True):
+        rest = longest - int(lengths[symbol])
+        symbols[int(code) << rest : int(code) + 1 << rest] = symbol
+        widths[int(code) << rest : int(code) + 1 << rest] = lengths[symbol]
+    return symbols, widths

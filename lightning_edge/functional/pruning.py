@@ -1,0 +1,78 @@
+"""Which weights stay: exact masks from scores, without a sort and without a second copy of all scores."""
+
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+from lightning_edge.functional.floats import sortable_bits
+
+_HALF = 1 << 16
+
+
+def pruned_count(size: int, sparsity: float) -> int:
+    """Return how many of ``size`` weights are zero at ``sparsity``: the largest count that is not above it.
+
+    The product is taken in decimal, so that 0.29 of 100 is 29 although the nearest double to 0.29 lies below it.
+
+    >>> pruned_count(100, 0.29)
+    29
+    """
+    return int(Decimal(repr(float(sparsity))) * size)
+
+
+def smallest_masks(scores: Sequence[Tensor], *, count: int) -> list[Tensor]:
+    """Return one mask per tensor, False at the ``count`` smallest scores of all tensors together.
+
+    The threshold is the exact ``count``-th smallest score, found by a radix histogram over the order-preserving integer
+    form of float32: one pass over the upper 16 bits, one over the lower 16 bits of the bucket that holds it. Memory
+    beyond the masks is one integer copy of the largest tensor. Ties at the threshold are broken by index: the first in
+    the order of the tensors and of their elements go.
+
+    Args:
+        scores: Tensors of any shapes; compared as float32.
+        count: How many scores to select, in [0, total number of scores].
+
+    Returns:
+        Boolean tensors of the same shapes; exactly ``count`` elements in all are False.
+
+    Raises:
+        ValueError: If ``count`` is out of range, or a score is infinite or not a number.
+
+    >>> smallest_masks([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], count=2)
+    [tensor([ True, False]), tensor([False])]
+    """
+    total = sum(score.numel() for score in scores)
+    if not 0 <= count <= total:
+        raise ValueError(f"count must lie in [0, {total}], got {count}")
+    if count == 0:
+        return [torch.ones(score.shape, dtype=torch.bool, device=score.device) for score in scores]
+    upper, below = _bucket_of(scores, count, digit=lambda keys: (keys >> 16) + _HALF // 2)
+    prefix = upper - _HALF // 2
+    lower, below_in_bucket = _bucket_of(
+        scores, count - below, digit=lambda keys: keys[keys >> 16 == prefix] & (_HALF - 1)
+    )
+    threshold = (prefix << 16) | lower
+    ties = count - below - below_in_bucket
+    masks = []
+    for score in scores:
+        keys = sortable_bits(score, what="scores")
+        pruned = keys < threshold
+        equal = keys == threshold
+        if ties:
+            first = equal.nonzero().flatten()[:ties]
+            pruned[first] = True
+            ties -= len(first)
+        masks.append(pruned.logical_not_().view(score.shape))
+    return masks
+
+
+def _bucket_of(scores: Sequence[Tensor], count: int, *, digit: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+    """Return the bucket that holds the ``count``-th smallest digit, and how many digits lie in smaller buckets."""
+    histogram = torch.zeros(_HALF, dtype=torch.int64)
+    for score in scores:
+        histogram += torch.bincount(digit(sortable_bits(score, what="scores")), minlength=_HALF).cpu()
+    cumulative = histogram.cumsum(0)
+    bucket = int(torch.searchsorted(cumulative, count))
+    return bucket, int(cumulative[bucket] - histogram[bucket])

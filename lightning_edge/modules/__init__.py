@@ -1,0 +1,5 @@
+"""LightningModules."""
+
+from lightning_edge.modules.classification import ClassificationModule
+
+__all__ = ["ClassificationModule"]

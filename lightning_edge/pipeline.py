@@ -1,0 +1,218 @@
+"""A run: train the dense baseline, compress it in one fit, measure every file, report. Finished stages are skipped."""
+
+import logging
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from lightning_edge.callbacks import ExportArtifacts
+from lightning_edge.config import dense_stage, recipe_hash
+from lightning_edge.export import export
+from lightning_edge.functional.energy import MacType
+from lightning_edge.report import (
+    Agreement,
+    EpochRecord,
+    Report,
+    environment,
+    footprint,
+    measure_artifacts,
+    print_table,
+    report_row,
+    write_report,
+)
+from lightning_edge.surgery.quantization import is_captured
+from lightning_edge.surgery.selection import find_network
+
+_BASELINE, _LAST = "baseline.ckpt", "last.ckpt"
+
+
+def run(cfg: DictConfig, folder: Path) -> None:
+    """Run all stages of a configuration in ``folder``, or those that an interrupted run left open.
+
+    Writes ``baseline.ckpt``, ``last.ckpt``, the artefacts, and ``report.json``, ``report.md`` and ``report.html``.
+
+    Args:
+        cfg: As :func:`lightning_edge.config.compose` returns it, with ``output`` filled in.
+        folder: The run's folder; what is finished there is not done again.
+
+    Raises:
+        ValueError: If a setting cannot work; said before any training.
+        FileNotFoundError: If data or the baseline are not there.
+    """
+    _quiet()
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    cfg.callbacks.export.recipe_hash = recipe_hash(cfg)
+    dense_cfg = dense_stage(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in (dense_cfg, cfg):
+        _check(stage)
+    dense = _dense_baseline(dense_cfg, folder)
+    trainer, compressed, data = _fit(cfg, folder / _LAST, stage="compression", start=dense)
+    if trainer.is_global_zero:
+        _report(cfg, folder, trainer, dense=dense, compressed=compressed, data=data)
+
+
+def _quiet() -> None:
+    """Leave the console to the progress bar and the table; Lightning advertises and explains itself otherwise."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The dirpath has changed.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval.*")
+
+
+def _check(cfg: DictConfig) -> None:
+    """Build everything once and let it object, so that nothing is trained for a mistake that shows at its end."""
+    model = instantiate(cfg.model)
+    instantiate(cfg.data)
+    trainer = instantiate(cfg.trainer, logger=False)
+    for callback in instantiate(cfg.callbacks).values():
+        if hasattr(callback, "check"):
+            callback.check(find_network(model, callback.network), max_epochs=trainer.max_epochs)
+
+
+def _dense_baseline(cfg: DictConfig, folder: Path) -> L.LightningModule:
+    """Return the trained baseline: from ``baseline.ckpt``, from the file that the user names, or trained now."""
+    baseline = folder / _BASELINE
+    if not baseline.exists() and cfg.baseline is not None:
+        given = Path(cfg.baseline).expanduser()
+        if not given.is_file():
+            raise FileNotFoundError(f"baseline must be a checkpoint file, got {str(given)!r}, which is none")
+        _load(instantiate(cfg.model), given)
+        _replace(shutil.copyfile, given, baseline)
+    if not baseline.exists():
+        last = folder / "baseline" / _LAST
+        trainer, _, _ = _fit(cfg, last, stage="dense baseline", start=None)
+        if trainer.is_global_zero:
+            os.replace(last, baseline)
+            last.parent.rmdir()
+        trainer.strategy.barrier("baseline.ckpt")
+    return _load(instantiate(cfg.model), baseline)
+
+
+def _fit(
+    cfg: DictConfig, last: Path, *, stage: str, start: L.LightningModule | None
+) -> tuple[L.Trainer, L.LightningModule, Any]:
+    """Fit one stage, from its last checkpoint where there is one."""
+    # Every stage starts from the seed, so that it does not matter whether those before it were trained or loaded.
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    model, data = instantiate(cfg.model), instantiate(cfg.data)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()))
+    _say(f"{stage}: {trainer.max_epochs} epochs" + (f", resumed from {last}" if last.exists() else ""))
+    trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return trainer, model, data
+
+
+def _load(model: L.LightningModule, checkpoint: Path) -> L.LightningModule:
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        model.load_state_dict(state["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"baseline must be a checkpoint of {type(model).__name__} with this model, got {checkpoint}: {reason}"
+        ) from error
+    return model.eval()
+
+
+def _report(
+    cfg: DictConfig,
+    folder: Path,
+    trainer: L.Trainer,
+    *,
+    dense: L.LightningModule,
+    compressed: L.LightningModule,
+    data: Any,
+) -> None:
+    """Measure the files on the test data, which nothing has read before, and write the report."""
+    exported = next(callback for callback in _callbacks(trainer) if isinstance(callback, ExportArtifacts))
+    dense_network, network = (find_network(model, exported.network) for model in (dense, compressed))
+    example = (data.example_input,)
+    files = {"dense": _export_dense(dense_network, folder / "baseline.onnx", example)}
+    if "pte" in exported.formats:
+        files["dense, ExecuTorch"] = _export_dense(dense_network, folder / "baseline.pte", example)
+    files |= {suffix: exported.folder / f"{exported.name}.{suffix}" for suffix in exported.formats}
+    data.setup("test")
+    _say(f"measuring {len(files)} files on the test data")
+    measured = measure_artifacts(files, loader=data.test_dataloader(), example_inputs=example, threads=1)
+    sizes = {"dense": footprint(dense_network, example), "compressed": footprint(network, example)}
+    rows = []
+    for name, measurement in measured.items():
+        verification = exported.verifications.get(name)
+        is_dense = verification is None
+        mac_type: MacType = "int8" if is_captured(network) and not is_dense else "fp32"
+        rows.append(
+            report_row(
+                name if is_dense else _label(name, mac_type),
+                measurement,
+                dense=sizes["dense"],
+                network=sizes["dense" if is_dense else "compressed"],
+                mac_type=mac_type,
+                verified=verification
+                and Agreement(verification.agreeing, verification.rows, verification.largest_difference),
+            )
+        )
+    report = Report(
+        title=cfg.title or "lightning_edge",
+        command=shlex.join(["lightning-edge", *sys.argv[1:]]),
+        environment=environment(),
+        baseline=rows[0],
+        artifacts=tuple(rows[1:]),
+        layers=sizes["compressed"],
+        history=(*_history(folder / _BASELINE, "dense"), *_history(folder / _LAST, "compression")),
+        notes=(f"recipe {exported.recipe_hash}, seed {cfg.seed}",),
+    )
+    write_report(report, folder)
+    print_table(report)
+    _say(f"{folder / 'report.html'} has the plots")
+
+
+def _label(suffix: str, mac_type: MacType) -> str:
+    return f"{suffix}, {mac_type}" if mac_type != "fp32" else suffix
+
+
+def _export_dense(network: nn.Module, path: Path, example: tuple[Tensor, ...]) -> Path:
+    return export(network, path, example_inputs=example)
+
+
+def _history(checkpoint: Path, stage: str) -> list[EpochRecord]:
+    """Return what the stage's ``History`` kept; a baseline of the user's own may have none."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    epochs = state.get("callbacks", {}).get("History", {}).get("epochs", [])
+    return [
+        EpochRecord(stage, int(row["epoch"]), row.get("val/error"), row["sparsity"], int(row["distinct_values"]))
+        for row in epochs
+    ]
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _replace(write: Any, source: Path, target: Path) -> None:
+    """Write to a temporary name and rename: the target is whole or not there."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    write(source, temporary)
+    os.replace(temporary, target)
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,25 @@
+"""What a run is judged by, measured on the files that ship: bytes, error, latency, and an estimate of the energy."""
+
+from lightning_edge.report.footprint import Footprint, LayerFootprint, footprint
+from lightning_edge.report.measure import Measurement, Score, measure_artifacts, score
+from lightning_edge.report.summary import Agreement, EpochRecord, Report, ReportRow, environment, report_row
+from lightning_edge.report.table import print_table
+from lightning_edge.report.write import write_report
+
+__all__ = [
+    "Agreement",
+    "EpochRecord",
+    "Footprint",
+    "LayerFootprint",
+    "Measurement",
+    "Report",
+    "ReportRow",
+    "Score",
+    "environment",
+    "footprint",
+    "measure_artifacts",
+    "print_table",
+    "report_row",
+    "score",
+    "write_report",
+]

@@ -1,0 +1,242 @@
+"""A network's forward, run with fake-quantized numbers through a graph beside it."""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e import FakeQuantize
+
+from lightning_edge.surgery.batchnorm import fold_, scale_and_shift_
+from lightning_edge.surgery.capture import ModeLiteral, copy_graph, set_literal, training_flags
+from lightning_edge.surgery.fakequant import replace_fake_quantizers_
+
+_Tensors = dict[str, Tensor | None]  # of one module: its parameters or its buffers
+_STATE = ("min_val", "max_val", "scale", "zero_point")
+
+
+class CapturedNetwork:
+    """The forward of a network, run through a fake-quantized graph that shares its parameters and buffers.
+
+    It stands in the network's ``forward`` (:func:`capture_` puts it there) and is no submodule: names, checkpoints,
+    optimizers and DDP see the plain network. At every call it follows the network: the ``training`` flag of each module
+    (which Lightning sets without calling ``train()``), its device, and tensors that were replaced. In training the
+    observers follow the data and the weights, until :meth:`freeze_observers`; in evaluation nothing changes and the
+    numbers are those of the int8 network. A deep copy of the network gets its own copy of this.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        graph_module: GraphModule,
+        *,
+        literals: tuple[ModeLiteral, ...],
+        pairs: Mapping[str, str],
+        observers: Mapping[str, str],
+    ) -> None:
+        self.network = network
+        self.graph_module = graph_module
+        self.observers_frozen = False
+        self._literals = literals
+        self._pairs = dict(pairs)
+        self._observers = dict(observers)
+        self._nodes = {node.name: node for node in graph_module.graph.nodes}
+        self._owners: list[nn.Module] = []
+        self._links: list[tuple[_Tensors, _Tensors, str]] = []
+        self._flags: tuple[bool, ...] | None = None
+        self._device: torch.device | None = None
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Return the network's output, from fake-quantized weights and activations."""
+        if kwargs:  # the graph knows its inputs by position
+            args = inspect.signature(type(self.network).forward).bind(self.network, *args, **kwargs).args[1:]
+        self._follow()
+        return self.graph_module(*args)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "CapturedNetwork":
+        network = copy.deepcopy(self.network, memo)
+        twin = CapturedNetwork(
+            network,
+            copy_graph(self.graph_module, memo),
+            literals=self._literals,
+            pairs=self._pairs,
+            observers=self._observers,
+        )
+        twin.observers_frozen = self.observers_frozen
+        memo[id(self)] = twin
+        return twin
+
+    @property
+    def observers(self) -> dict[str, FakeQuantize]:
+        """The fake quantizers: a weight's has the name of the parameter, an activation's that of its operator."""
+        return {name: self.graph_module.get_submodule(path) for name, path in self._observers.items()}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every observer has seen data; until then activations pass unquantized in evaluation."""
+        return all(_has_range(quantizer) for quantizer in self.observers.values())
+
+    @torch.no_grad()
+    def observe_weights(self, example_inputs: tuple[Tensor, ...]) -> None:
+        """Set the ranges of the weights from the weights as they are now; those of activations stay as they are.
+
+        An evaluation before the first training step then has them too.
+        """
+        with training_flags(self.network, False):
+            self._follow()
+            for quantizer in self.observers.values():
+                quantizer.enable_observer(quantizer.is_per_channel)
+            self.graph_module(*(value.to(self._device) for value in example_inputs))
+        self._flags = None
+
+    def freeze_observers(self) -> None:
+        """Keep the ranges from here on.
+
+        Raises:
+            ValueError: If an observer has seen no data.
+        """
+        self._check_calibrated("frozen")
+        self.observers_frozen, self._flags = True, None
+
+    def observer_state(self) -> dict[str, Tensor]:
+        """Return ranges, scales and zero points as copies, by observer name."""
+        return {
+            f"{name}.{key}": value.detach().clone()
+            for name, quantizer in self.observers.items()
+            for key, value in _tensors(quantizer).items()
+        }
+
+    def load_observer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the ranges of :meth:`observer_state`, whatever the shapes were.
+
+        Raises:
+            ValueError: If names are missing or too many.
+        """
+        expected = {f"{name}.{key}" for name in self._observers for key in _STATE}
+        missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+        if missing or unexpected:
+            raise ValueError(
+                f"observers must have the names of this network's observers, got {unexpected[:3]} that it does not "
+                f"know and no {missing[:3]}: capture the same network as the one the state was saved from"
+            )
+        with torch.inference_mode(False):  # what is made in inference mode could not be trained
+            for name, quantizer in self.observers.items():
+                for key, value in _tensors(quantizer).items():
+                    owner = quantizer if key in ("scale", "zero_point") else quantizer.activation_post_process
+                    setattr(owner, key, state[f"{name}.{key}"].detach().to(value.device, copy=True))
+        self._flags = None
+
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """Return all minima and all maxima as two vectors, for ranks to agree on their minimum and maximum."""
+        self._follow()
+        observers = [quantizer.activation_post_process for quantizer in self.observers.values()]
+        return torch.cat([o.min_val.reshape(-1) for o in observers]), torch.cat(
+            [o.max_val.reshape(-1) for o in observers]
+        )
+
+    def set_ranges(self, minima: Tensor, maxima: Tensor) -> None:
+        """Take the vectors of :meth:`ranges` back, and recompute scales and zero points from them.
+
+        Raises:
+            ValueError: If the sizes differ from those that :meth:`ranges` gave.
+        """
+        quantizers = list(self.observers.values())
+        sizes = [quantizer.activation_post_process.min_val.numel() for quantizer in quantizers]
+        if minima.shape != (sum(sizes),) or maxima.shape != (sum(sizes),):
+            raise ValueError(
+                f"minima and maxima must have {sum(sizes)} values, got {tuple(minima.shape)} and {tuple(maxima.shape)}"
+            )
+        pieces = zip(quantizers, torch.split(minima, sizes), torch.split(maxima, sizes), strict=True)
+        for quantizer, low, high in pieces:
+            observer = quantizer.activation_post_process
+            observer.min_val.copy_(low.view_as(observer.min_val))
+            observer.max_val.copy_(high.view_as(observer.max_val))
+            if _has_range(quantizer):
+                scale, zero_point = quantizer.calculate_qparams()
+                quantizer.scale.copy_(scale)
+                quantizer.zero_point.copy_(zero_point)
+        self._flags = None
+
+    def convert(self) -> GraphModule:
+        """Return the int8 network in evaluation mode, see :func:`convert`."""
+        self._check_calibrated("converted")
+        self._follow()
+        graph_module = copy_graph(self.graph_module)
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        for literal in self._literals:
+            set_literal(nodes[literal.node], literal.argument, literal.in_evaluation)
+        fold_(graph_module, self._pairs)
+        scale_and_shift_(graph_module)
+        replace_fake_quantizers_(graph_module)
+        graph_module.training = False
+        return graph_module
+
+    def _follow(self) -> None:
+        if not self._owners:  # not when it is made: in a deep copy, the network's own copy is still empty then
+            owners = (self.network.get_submodule(literal.owner) for literal in self._literals)
+            self._owners = list(dict.fromkeys([self.network, *owners]))
+            self._links = list(_links(self.network, self.graph_module))
+        for source, target, key in self._links:
+            if target[key] is not source[key]:
+                target[key] = source[key]
+        device = next((tensor.device for source, _, key in self._links if (tensor := source[key]) is not None), None)
+        if device is not None and device != self._device:
+            self.graph_module.to(device)
+            self._move_literals(device)
+            self._device = device
+        flags = tuple(module.training for module in self._owners)
+        if flags != self._flags:
+            self._switch(dict(zip(self._owners, flags, strict=True)))
+            self._flags = flags
+
+    def _switch(self, training: Mapping[nn.Module, bool]) -> None:
+        for literal in self._literals:
+            mode = training[self.network.get_submodule(literal.owner)]
+            value = literal.in_training if mode else literal.in_evaluation
+            set_literal(self._nodes[literal.node], literal.argument, value)
+        self.graph_module.recompile()
+        observing = self.network.training and not self.observers_frozen
+        for quantizer in self.observers.values():
+            quantizer.enable_observer(observing)
+            quantizer.enable_fake_quant(observing or _has_range(quantizer))
+
+    def _move_literals(self, device: torch.device) -> None:
+        for node in self._nodes.values():
+            if isinstance(node.kwargs.get("device"), torch.device) and node.kwargs["device"] != device:
+                node.update_kwarg("device", device)
+                self._flags = None
+
+    def _check_calibrated(self, verb: str) -> None:
+        blank = [name for name, quantizer in self.observers.items() if not _has_range(quantizer)]
+        if blank:
+            raise ValueError(
+                f"observers must have seen data before they are {verb}, got none at {blank[:3]}: "
+                "run a batch in training mode first"
+            )
+
+
+def _links(network: nn.Module, graph_module: GraphModule) -> Iterator[tuple[_Tensors, _Tensors, str]]:
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for name, part in graph_module.named_modules(remove_duplicate=False):
+        if name not in modules:
+            continue
+        for group in ("_parameters", "_buffers"):
+            source, target = vars(modules[name])[group], vars(part)[group]
+            yield from ((source, target, key) for key in target if key in source)
+
+
+def _tensors(quantizer: FakeQuantize) -> dict[str, Tensor]:
+    observer = quantizer.activation_post_process
+    return {
+        "min_val": observer.min_val,
+        "max_val": observer.max_val,
+        "scale": quantizer.scale,
+        "zero_point": quantizer.zero_point,
+    }
+
+
+def _has_range(quantizer: FakeQuantize) -> bool:
+    low = quantizer.activation_post_process.min_val
+    return low.numel() > 0 and bool(torch.isfinite(low).all())

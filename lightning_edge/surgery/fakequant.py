@@ -1,0 +1,267 @@
+"""Which values of a graph are quantized: fake quantizers into it, and integers in their place."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import (
+    FakeQuantize,
+    FusedMovingAvgObsFakeQuantize,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+)
+
+from lightning_edge.surgery.batchnorm import WEIGHTED, new_constant, weight_of
+from lightning_edge.surgery.capture import GUARDS, eliminate_dead_code_, tensor_at
+
+_aten = torch.ops.aten
+_qd = torch.ops.quantized_decomposed
+_LARGEST_BIAS = 2**30
+_ACTIVATIONS = (_aten.relu.default, _aten.relu_.default, _aten.hardtanh.default, _aten.hardtanh_.default)
+_SUMS = (_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.mul_.Tensor)
+_AVERAGES = (_aten.adaptive_avg_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim)
+_DROPOUTS = (
+    _aten.dropout.default,
+    _aten.dropout_.default,
+    _aten.feature_dropout.default,
+    _aten.feature_dropout_.default,
+)
+# Operators whose result holds only values of their input, and so is quantized when that is.
+_SELECTING = (
+    _aten.relu.default,
+    _aten.relu_.default,
+    _aten.max_pool1d.default,
+    _aten.max_pool2d.default,
+    _aten.flatten.using_ints,
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.squeeze.default,
+    _aten.squeeze.dim,
+    _aten.squeeze.dims,
+    _aten.unsqueeze.default,
+    _aten.slice.Tensor,
+    _aten.select.int,
+)
+
+
+def insert_fake_quantizers_(graph_module: GraphModule, pairs: Mapping[Node, Node]) -> dict[str, str]:
+    """Insert a fake quantizer behind every value that the int8 network holds as an integer.
+
+    A value is quantized once, where it is made, for all its readers; what only selects values needs no second quantizer
+    in training (torchao's XNNPACK quantizer shares one, whose moving average then mixes the ranges before and after).
+
+    Args:
+        graph_module: A graph in training mode.
+        pairs: Layer to the batch norm behind it, from :func:`~lightning_edge.surgery.batchnorm.scale_weights_`.
+
+    Returns:
+        Name of each observer to the path of its module in the graph.
+
+    Raises:
+        ValueError: If there is nothing to quantize.
+    """
+    values = dict(_quantized_values(graph_module, pairs))
+    if not any(is_weight for is_weight in values.values()):
+        raise ValueError(
+            "network must have a convolution (1-D, 2-D) or linear layer to quantize, got none in its graph"
+        )
+    names: dict[str, str] = {}
+    for index, (value, is_weight) in enumerate(values.items()):
+        name = weight_of(value) if is_weight else value.name
+        path = f"fake_quantizer_{index}"
+        graph_module.add_submodule(path, _weight_quantizer() if is_weight else _activation_quantizer())
+        with graph_module.graph.inserting_after(value):
+            call = graph_module.graph.call_module(path, (value,))
+        readers = [user for user in value.users if user is not call and user.target != GUARDS]
+        for reader in readers:
+            reader.replace_input_with(value, call)
+        names[f"{name}.{value.name}" if name in names else name] = path
+    graph_module.recompile()
+    return names
+
+
+def remove_training_(graph_module: GraphModule) -> None:
+    """Remove what does nothing in evaluation: dropout, the counters of batch norms, and the guards of input sizes."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and (node.target in _DROPOUTS or _is_counter(node)):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target == GUARDS:
+            graph.erase_node(node)
+    eliminate_dead_code_(graph_module)
+    graph_module.delete_all_unused_submodules()
+
+
+@torch.no_grad()
+def replace_fake_quantizers_(graph_module: GraphModule) -> None:
+    """Put integers in the place of fake quantizers: int8 constants for weights, quantize-dequantize for activations.
+
+    The scales are those that the fake quantizers computed with, to the bit. What only matters in training goes.
+    """
+    graph = graph_module.graph
+    remove_training_(graph_module)
+    for node in graph.find_nodes(op="call_module"):
+        quantizer = graph_module.get_submodule(str(node.target))
+        assert isinstance(quantizer, FakeQuantize)
+        with graph.inserting_before(node):
+            new = _integer_weight(graph_module, node, quantizer) if quantizer.is_per_channel else _pair(node, quantizer)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        if _selects(node) and _is_dequantized(node.args[0]):
+            _repeat_pair(node)
+        elif node.target in WEIGHTED:
+            _make_room_for_bias(graph_module, node)
+    eliminate_dead_code_(graph_module)
+    graph_module.delete_all_unused_submodules()
+    _forget_unused_tensors(graph_module)
+
+
+def _quantized_values(graph_module: GraphModule, pairs: Mapping[Node, Node]) -> Iterator[tuple[Node, bool]]:
+    """Yield each value to quantize and whether it is a weight, inputs of an operator before its result."""
+    calls = [node for node in graph_module.graph.nodes if node.op == "call_function" and _is_float(node)]
+    ours = {norm.args[0] for norm in pairs.values()}  # the bias that scale_weights_ adds
+    for node in calls:
+        if node.target in WEIGHTED and _is_weight(node.args[1]):
+            yield from (_source(node.args[0]), (node.args[1], True), _result(pairs.get(node, node)))
+        elif node.target in _SUMS and node not in ours and all(_is_image(operand) for operand in node.args[:2]):
+            yield from (*(_source(operand) for operand in node.args[:2]), _result(node))
+        elif node.target in _AVERAGES:
+            yield from (_source(node.args[0]), _result(node))
+
+
+def _source(value: Node) -> tuple[Node, bool]:
+    """Where this operand was made: what only selects values, and dropout, is seen through."""
+    while _selects(value) or value.target in _DROPOUTS:
+        value = value.args[0]  # type: ignore[assignment]
+    while (result := _result(value)[0]) is not value:
+        value = result
+    return value, False
+
+
+def _result(value: Node) -> tuple[Node, bool]:
+    """The value, or the activation function behind it where that is its only reader: runtimes fuse the two."""
+    readers = list(value.users)
+    return (readers[0] if len(readers) == 1 and readers[0].target in _ACTIVATIONS else value), False
+
+
+def _selects(node: Node) -> bool:
+    """Whether each value of the result is one of the input, or zero, which every scale holds exactly."""
+    pads_zeros = node.target is _aten.pad.default and tuple(node.args[2:]) in (
+        (),
+        ("constant",),
+        ("constant", None),
+        ("constant", 0),
+    )
+    return node.target in _SELECTING or pads_zeros
+
+
+def _is_float(value: object) -> bool:
+    fake = value.meta.get("val") if isinstance(value, Node) else None
+    return isinstance(fake, torch.Tensor) and fake.is_floating_point()
+
+
+def _is_image(value: object) -> bool:
+    """Whether this operand is an activation: floats that are computed from the input, not a constant or a scalar."""
+    return isinstance(value, Node) and value.op != "get_attr" and _is_float(value) and value.meta["val"].ndim > 1
+
+
+def _is_weight(value: object) -> bool:
+    while isinstance(value, Node) and value.target is _aten.mul.Tensor and value.args[0].op == "get_attr":  # type: ignore[union-attr]
+        value = value.args[0]
+    return isinstance(value, Node) and value.op == "get_attr"
+
+
+def _weight_quantizer() -> FakeQuantize:
+    # Not the fused one: it never takes a scale below 6.1e-5, too coarse for the small weights behind an unscaled input.
+    return FakeQuantize(
+        observer=MovingAveragePerChannelMinMaxObserver,
+        averaging_constant=1.0,  # the range is that of the weights now
+        dtype=torch.int8,
+        quant_min=-127,
+        quant_max=127,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+
+
+def _activation_quantizer() -> FakeQuantize:
+    return FusedMovingAvgObsFakeQuantize(
+        observer=MovingAverageMinMaxObserver,
+        dtype=torch.int8,
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_tensor_affine,
+        eps=2**-12,  # XNNPACK's limit on the ratio of scales
+    )
+
+
+def _integer_weight(graph_module: GraphModule, node: Node, quantizer: FakeQuantize) -> Node:
+    value = node.args[0]
+    assert isinstance(value, Node)
+    assert value.op == "get_attr", "weights are constants once batch norms are folded"
+    name = str(value.target).removesuffix("_folded")
+    limits = (0, quantizer.quant_min, quantizer.quant_max, torch.int8)
+    weight = tensor_at(graph_module, value.target).detach()
+    scale, zero_point = quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone()
+    integers = _qd.quantize_per_channel(weight, scale, zero_point, *limits)
+    constants = [
+        new_constant(graph_module, f"{name}_{part}", tensor)
+        for part, tensor in (("int8", integers), ("scale", scale), ("zero_point", zero_point))
+    ]
+    return graph_module.graph.call_function(_qd.dequantize_per_channel.default, (*constants, *limits))
+
+
+def _make_room_for_bias(graph_module: GraphModule, layer: Node) -> None:
+    """Raise the weight scales of channels whose bias does not fit into int32 at the scale of the accumulator.
+
+    Runtimes store the bias as an integer, of scale s_x * s_w. A channel for which that overflows has next to no weight
+    (pruned, or all zeros: its scale is 1e-7), and loses nothing by coarser integers.
+    """
+    data, weight, bias = (*layer.args[:3], None)[:3]
+    if not (_is_dequantized(data) and _is_integer_weight(weight) and isinstance(bias, Node) and bias.op == "get_attr"):
+        return
+    integers, scale = (tensor_at(graph_module, constant.target) for constant in weight.args[:2])  # type: ignore[union-attr]
+    step = float(data.args[1]) * scale.double()  # type: ignore[union-attr,arg-type]
+    excess = (tensor_at(graph_module, bias.target).detach().abs() / step / _LARGEST_BIAS).clamp(min=1.0)
+    integers.copy_(torch.round(integers / excess.reshape(-1, *[1] * (integers.ndim - 1))))
+    scale.mul_(excess)
+
+
+def _is_integer_weight(value: object) -> bool:
+    return isinstance(value, Node) and value.target is _qd.dequantize_per_channel.default
+
+
+def _pair(node: Node, quantizer: FakeQuantize) -> Node:
+    limits = (float(quantizer.scale), int(quantizer.zero_point), quantizer.quant_min, quantizer.quant_max, torch.int8)
+    integers = node.graph.call_function(_qd.quantize_per_tensor.default, (node.args[0], *limits))
+    return node.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *limits))
+
+
+def _repeat_pair(node: Node) -> None:
+    """Quantize a selection of quantized values with their scale: it changes none, and runtimes stay in integers."""
+    limits = node.args[0].args[1:]  # type: ignore[union-attr]
+    with node.graph.inserting_after(node):
+        integers = node.graph.call_function(_qd.quantize_per_tensor.default, (node, *limits))
+    with node.graph.inserting_after(integers):
+        pair = node.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *limits))
+    node.replace_all_uses_with(pair, delete_user_cb=lambda user: user is not integers)
+
+
+def _is_dequantized(value: object) -> bool:
+    return isinstance(value, Node) and value.target is _qd.dequantize_per_tensor.default
+
+
+def _is_counter(node: Node) -> bool:
+    return node.target is _aten.add_.Tensor and str(node.args[0].target).endswith("num_batches_tracked")  # type: ignore[union-attr]
+
+
+def _forget_unused_tensors(graph_module: GraphModule) -> None:
+    used = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    for path, part in list(graph_module.named_modules()):
+        for group in ("_parameters", "_buffers"):
+            for key in [key for key in vars(part)[group] if (f"{path}.{key}" if path else key) not in used]:
+                del vars(part)[group][key]

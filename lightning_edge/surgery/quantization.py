@@ -1,0 +1,121 @@
+"""A network that computes with fake-quantized numbers, and the int8 network that comes of it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from lightning_edge.surgery.batchnorm import scale_and_shift_, scale_weights_
+from lightning_edge.surgery.capture import capture, export_graph, keep_random_state
+from lightning_edge.surgery.captured import CapturedNetwork
+from lightning_edge.surgery.fakequant import insert_fake_quantizers_, remove_training_
+
+__all__ = ["CapturedNetwork", "capture_", "convert", "deployed", "release_"]
+
+
+def capture_(
+    network: nn.Module, example_inputs: tuple[Tensor, ...], *, observers: Mapping[str, Tensor] | None = None
+) -> CapturedNetwork:
+    """Let the network compute with fake-quantized numbers from now on, sharing its tensors, and return what does it.
+
+    Quantized are, in torchao's scheme for XNNPACK (PT2E): the weights of convolutions (1-D, 2-D) and linear layers, to
+    int8 in -127..127, symmetric per output channel, with the range of the weights at the last training step, and with a
+    batch norm that follows taken into account; their inputs and outputs, and those of sums, products and average pools,
+    to int8 per tensor with a moving average of the ranges seen. Everything else stays in float.
+
+    Args:
+        network: The plain network. Only its ``forward`` is replaced, on the instance; :func:`release_` puts it back.
+        example_inputs: Positional inputs, batch first; the batch size is free afterwards, other sizes are not.
+        observers: A state of :meth:`CapturedNetwork.observer_state` to go on from.
+
+    Raises:
+        ValueError: If the network is captured already, cannot be captured, or has nothing to quantize.
+
+    >>> network = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1))
+    >>> sorted(capture_(network, (torch.zeros(2, 4),)).observers)
+    ['0.weight', 'input_1', 'linear']
+    """
+    if isinstance(vars(network).get("forward"), CapturedNetwork):
+        raise ValueError(
+            f"network must be a plain one, got a {type(network).__name__} that is captured already: release_ it first"
+        )
+    # Lightning evaluates in inference mode, in which a checkpoint that is tested is captured: what is made there could
+    # never be trained.
+    with keep_random_state(), torch.inference_mode(False), torch.enable_grad():
+        graph_module, literals = capture(network, example_inputs)
+        pairs = scale_weights_(graph_module)
+        names = insert_fake_quantizers_(graph_module, pairs)
+        captured = CapturedNetwork(
+            network,
+            graph_module,
+            literals=literals,
+            pairs={layer.name: norm.name for layer, norm in pairs.items()},
+            observers=names,
+        )
+        if observers is None:
+            captured.observe_weights(example_inputs)
+        else:
+            captured.load_observer_state(observers)
+    network.forward = captured
+    return captured
+
+
+def release_(network: nn.Module) -> None:
+    """Put the plain forward back.
+
+    Raises:
+        ValueError: If the network is not captured.
+
+    >>> network = nn.Linear(4, 3)
+    >>> captured = capture_(network, (torch.zeros(2, 4),)); release_(network); network(torch.zeros(1, 4)).shape
+    torch.Size([1, 3])
+    """
+    if not isinstance(vars(network).get("forward"), CapturedNetwork):
+        raise ValueError(f"network must be captured, got a plain {type(network).__name__}: call capture_ first")
+    del vars(network)["forward"]
+
+
+def deployed(network: nn.Module, example_inputs: tuple[Tensor, ...], *, split_norms: bool = True) -> GraphModule:
+    """Return the graph that an exporter writes, in evaluation mode: of a captured network the int8 one, else the plain.
+
+    The plain one's weights are the network's own, bit for bit.
+
+    Args:
+        network: Plain or captured; not changed.
+        example_inputs: Positional inputs, batch first.
+        split_norms: Make each batch norm of a plain network a scale and a shift.
+
+    Raises:
+        ValueError: If the network cannot be traced, or its observers have seen no data.
+
+    >>> deployed(nn.Sequential(nn.Linear(2, 3), nn.Dropout()), (torch.zeros(2, 2),))(torch.zeros(5, 2)).shape
+    torch.Size([5, 3])
+    """
+    if isinstance(vars(network).get("forward"), CapturedNetwork):
+        return convert(network)
+    graph_module = export_graph(network, example_inputs, training=False)
+    if split_norms:
+        scale_and_shift_(graph_module)
+    remove_training_(graph_module)
+    graph_module.training = False
+    return graph_module
+
+
+def convert(network: nn.Module | CapturedNetwork) -> GraphModule:
+    """Return the int8 network in evaluation mode: integer weights, quantized activations, batch norms folded.
+
+    The live network is not changed and shares nothing with the result. Zeros of the weights are zeros in the integers,
+    and k distinct values of a layer are at most k integers per output channel, since scales are symmetric and per
+    channel.
+
+    Args:
+        network: A captured network, or what :func:`capture_` returned for it.
+
+    Raises:
+        ValueError: If the network is not captured, or its observers have seen no data.
+    """
+    captured = network if isinstance(network, CapturedNetwork) else vars(network).get("forward")
+    if not isinstance(captured, CapturedNetwork):
+        raise ValueError(f"network must be captured, got a plain {type(network).__name__}: call capture_ first")
+    return captured.convert()

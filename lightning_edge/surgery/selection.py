@@ -1,0 +1,113 @@
+"""Which network inside a LightningModule, and which of its weights."""
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+
+WEIGHTED = (nn.Linear, _ConvNd)
+Layer = nn.Linear | _ConvNd
+
+
+def network_path(module: nn.Module, path: str | None = None) -> str:
+    """Return the dotted path of the network inside ``module``: ``path``, else where it can only be.
+
+    Without a ``path`` it is the only child that holds parameters, else (several or none) the module itself, ``""``.
+
+    Raises:
+        ValueError: If there is no submodule of that path.
+
+    >>> network_path(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    '0'
+    """
+    if path is None:
+        children = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+        owns_parameters = any(True for _ in module.parameters(recurse=False))
+        is_network = isinstance(module, WEIGHTED)
+        return children[0] if len(children) == 1 and not owns_parameters and not is_network else ""
+    names = [name for name, _ in module.named_modules()]
+    if path not in names:
+        near = difflib.get_close_matches(path, names, n=3) or names[1:4]
+        raise ValueError(f"network must be a dotted path inside {type(module).__name__}, got {path!r}; near: {near}")
+    return path
+
+
+def find_network(module: nn.Module, path: str | None = None) -> nn.Module:
+    """Return the submodule at :func:`network_path`.
+
+    >>> find_network(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    return module.get_submodule(network_path(module, path))
+
+
+def select_weights(
+    network: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Return the weights of the linear and convolution layers that the patterns choose, by name, in module order.
+
+    A pattern is a glob over the layer's qualified name (``"layer1.*"``), or the name of its class (``"Conv2d"``).
+    Biases and norms are never selected. A weight that two layers share is listed once, under its first name.
+
+    Args:
+        network: The network; names are relative to it.
+        include: Layers that match any of these are taken.
+        exclude: Layers that match any of these are left out, whatever ``include`` says.
+
+    Returns:
+        Qualified parameter name (``"conv1.weight"``) to parameter.
+
+    Raises:
+        ValueError: If a pattern matches no layer, if nothing is selected, or if a layer is frozen or not built yet.
+
+    >>> list(select_weights(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 2)), exclude=["Conv2d"]))
+    ['2.weight']
+    """
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, WEIGHTED)}
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(
+                f"{argument} must be a list of patterns, got the string {patterns!r}: write [{patterns!r}]"
+            )
+        for pattern in patterns:
+            if not any(_matches(name, layer, pattern) for name, layer in layers.items()):
+                raise ValueError(_no_match(argument, pattern, layers))
+    selected: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, layer in layers.items():
+        weight = layer.weight
+        wanted = any(_matches(name, layer, p) for p in include) and not any(_matches(name, layer, p) for p in exclude)
+        if not wanted or id(weight) in seen:
+            continue
+        _check_trainable(name, weight)
+        assert isinstance(weight, nn.Parameter)
+        seen.add(id(weight))
+        selected[f"{name}.weight" if name else "weight"] = weight
+    if not selected:
+        raise ValueError(
+            f"include={list(include)} without exclude={list(exclude)} must leave a layer of {list(layers)[:6]}"
+        )
+    return selected
+
+
+def _matches(name: str, layer: nn.Module, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or type(layer).__name__ == pattern
+
+
+def _no_match(argument: str, pattern: str, layers: dict[str, Layer]) -> str:
+    known = [*layers, *sorted({type(layer).__name__ for layer in layers.values()})]
+    near = difflib.get_close_matches(pattern, known, n=3)
+    hint = f"nearest: {near}" if near else f"the layers are {list(layers)[:6]}"
+    return f"{argument} must match a linear or convolution layer, got {pattern!r}, which matches none; {hint}"
+
+
+def _check_trainable(name: str, weight: Tensor) -> None:
+    if isinstance(weight, UninitializedParameter):
+        raise ValueError(
+            f"layer {name!r} must be built before it is compressed: run one batch through the network first"
+        )
+    if not weight.requires_grad:
+        raise ValueError(f"layer {name!r} must be trainable, its weight is frozen: unfreeze it or add it to exclude")

@@ -1,0 +1,72 @@
+"""Run by test_ddp.py, and once more by Lightning for the second process: fit under DDP and write what each rank holds."""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+from conftest import DigitsTask, fit_digits
+from lightning.pytorch.callbacks import Callback
+
+from lightning_edge import ExactResume, ExportArtifacts, QuantizationAwareTraining, WeightPruning, WeightSharing
+
+
+class Diverge(Callback):
+    """Another weight on rank 1, which the export check on rank 0 alone cannot see."""
+
+    def __init__(self, when):
+        self.when = when
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if self.when == "masks" and trainer.global_rank == 1 and trainer.current_epoch == 1:
+            with torch.no_grad():
+                pl_module.model[7].weight[:2].mul_(100)
+
+    def on_fit_end(self, trainer, pl_module):
+        if self.when == "export" and trainer.global_rank == 0:
+            real = pl_module.model.forward
+            pl_module.model.forward = lambda images: -real(images)
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def main(folder, when, seed):
+    rank_of = []
+
+    class Seen(Callback):
+        """What this rank's data was, to know that the ranks saw different data."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rank_of.append(batch[0])
+
+    pruning, sharing, qat = (
+        WeightPruning(0.8, end_epoch=1),
+        WeightSharing(6, at_epochs=[2], init="random"),
+        QuantizationAwareTraining(2, freeze_observers_epoch=3),
+    )
+    export = ExportArtifacts(folder / "out", formats=["edge"])
+    callbacks = [Diverge(when), pruning, sharing, qat, Seen(), Diverge("export") if when == "export" else Seen(), export]
+    task, trainer = fit_digits(
+        folder / "checkpoints",
+        [ExactResume(), *callbacks],
+        task=DigitsTask(),
+        seed=seed,
+        devices=2,
+        strategy="ddp",
+    )
+    parts = {
+        "masks": pruning.state_dict()["masks"].values(),
+        "codes": sharing.state_dict()["codes"].values(),
+        "observers": qat.state_dict()["observers"].values(),
+        "weights": task.parameters(),
+        "data": rank_of,
+    }
+    lines = [f"{name} {digest(tensors)}" for name, tensors in parts.items()]
+    (folder / f"rank{trainer.global_rank}.txt").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
