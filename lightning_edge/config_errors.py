@@ -26,8 +26,9 @@ def is_mendable(error: Exception) -> bool:
     (True, False)
     """
     mendable = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException, YAMLError)
-    # Lightning's own word for a wrong argument; by name, so that a wrong command line need not wait for its import.
-    return isinstance(error, mendable) or type(error).__name__ == "MisconfigurationException"
+    # Lightning's own word for a wrong argument, and a file that failed its check; by name, so that a wrong command line
+    # need not wait for the imports.
+    return isinstance(error, mendable) or type(error).__name__ in ("MisconfigurationException", "ArtifactMismatchError")
 
 
 def message(error: Exception, arguments: Sequence[str], *, commands: Iterable[str] = ()) -> str:

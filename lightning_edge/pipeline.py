@@ -1,7 +1,6 @@
 """A run: train the dense baseline, compress it in one fit, measure every file, report. Finished stages are skipped."""
 
 import logging
-import os
 import shlex
 import shutil
 import sys
@@ -14,14 +13,12 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
-from torch import Tensor, nn
 
 from lightning_edge.callbacks import ExportArtifacts
 from lightning_edge.config import dense_stage, recipe_hash
 from lightning_edge.export import export
 from lightning_edge.functional.energy import MacType
 from lightning_edge.report import (
-    Agreement,
     EpochRecord,
     Report,
     environment,
@@ -31,7 +28,7 @@ from lightning_edge.report import (
     report_row,
     write_report,
 )
-from lightning_edge.surgery.quantization import is_captured
+from lightning_edge.surgery.quantization import CapturedNetwork
 from lightning_edge.surgery.selection import find_network
 
 _BASELINE, _LAST = "baseline.ckpt", "last.ckpt"
@@ -53,14 +50,15 @@ def run(cfg: DictConfig, folder: Path) -> None:
     _quiet()
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    cfg.callbacks.export.recipe_hash = recipe_hash(cfg)
+    if "export" in cfg.callbacks:
+        cfg.callbacks.export.recipe_hash = recipe_hash(cfg)
     dense_cfg = dense_stage(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
     for stage in (dense_cfg, cfg):
         _check(stage)
+    _check_folder(cfg, folder)
     dense = _dense_baseline(dense_cfg, folder)
     trainer, compressed, data = _fit(cfg, folder / _LAST, stage="compression", start=dense)
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and "export" in cfg.callbacks:
         _report(cfg, folder, trainer, dense=dense, compressed=compressed, data=data)
 
 
@@ -84,20 +82,33 @@ def _check(cfg: DictConfig) -> None:
             callback.check(find_network(model, callback.network), max_epochs=trainer.max_epochs)
 
 
+@rank_zero_only
+def _check_folder(cfg: DictConfig, folder: Path) -> None:
+    """Refuse to mix a new run with an old one, whose finished stages would silently be taken for its own."""
+    old = [name for name in (_BASELINE, _LAST, f"baseline/{_LAST}") if (folder / name).exists()]
+    if old and cfg.resume is None:
+        raise ValueError(
+            f"hydra.run.dir must be a new folder, got {folder}, which holds {old[0]}: go on with that run by"
+            f" lightning-edge resume={folder}, or choose another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _dense_baseline(cfg: DictConfig, folder: Path) -> L.LightningModule:
     """Return the trained baseline: from ``baseline.ckpt``, from the file that the user names, or trained now."""
     baseline = folder / _BASELINE
-    if not baseline.exists() and cfg.baseline is not None:
+    if cfg.baseline is not None and not baseline.exists():
         given = Path(cfg.baseline).expanduser()
         if not given.is_file():
             raise FileNotFoundError(f"baseline must be a checkpoint file, got {str(given)!r}, which is none")
-        _load(instantiate(cfg.model), given)
-        _replace(shutil.copyfile, given, baseline)
+        model = _load(instantiate(cfg.model), given)
+        _copy(given, baseline)
+        return model
     if not baseline.exists():
         last = folder / "baseline" / _LAST
         trainer, _, _ = _fit(cfg, last, stage="dense baseline", start=None)
         if trainer.is_global_zero:
-            os.replace(last, baseline)
+            last.replace(baseline)
             last.parent.rmdir()
         trainer.strategy.barrier("baseline.ckpt")
     return _load(instantiate(cfg.model), baseline)
@@ -145,9 +156,9 @@ def _report(
     exported = next(callback for callback in _callbacks(trainer) if isinstance(callback, ExportArtifacts))
     dense_network, network = (find_network(model, exported.network) for model in (dense, compressed))
     example = (data.example_input,)
-    files = {"dense": _export_dense(dense_network, folder / "baseline.onnx", example)}
+    files = {"dense": export(dense_network, folder / "baseline.onnx", example_inputs=example)}
     if "pte" in exported.formats:
-        files["dense, ExecuTorch"] = _export_dense(dense_network, folder / "baseline.pte", example)
+        files["dense, ExecuTorch"] = export(dense_network, folder / "baseline.pte", example_inputs=example)
     files |= {suffix: exported.folder / f"{exported.name}.{suffix}" for suffix in exported.formats}
     data.setup("test")
     _say(f"measuring {len(files)} files on the test data")
@@ -157,7 +168,7 @@ def _report(
     for name, measurement in measured.items():
         verification = exported.verifications.get(name)
         is_dense = verification is None
-        mac_type: MacType = "int8" if is_captured(network) and not is_dense else "fp32"
+        mac_type: MacType = "int8" if isinstance(vars(network).get("forward"), CapturedNetwork) and not is_dense else "fp32"
         rows.append(
             report_row(
                 name if is_dense else _label(name, mac_type),
@@ -165,8 +176,7 @@ def _report(
                 dense=sizes["dense"],
                 network=sizes["dense" if is_dense else "compressed"],
                 mac_type=mac_type,
-                verified=verification
-                and Agreement(verification.agreeing, verification.rows, verification.largest_difference),
+                verified=verification,
             )
         )
     report = Report(
@@ -188,10 +198,6 @@ def _label(suffix: str, mac_type: MacType) -> str:
     return f"{suffix}, {mac_type}" if mac_type != "fp32" else suffix
 
 
-def _export_dense(network: nn.Module, path: Path, example: tuple[Tensor, ...]) -> Path:
-    return export(network, path, example_inputs=example)
-
-
 def _history(checkpoint: Path, stage: str) -> list[EpochRecord]:
     """Return what the stage's ``History`` kept; a baseline of the user's own may have none."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -206,11 +212,12 @@ def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def _replace(write: Any, source: Path, target: Path) -> None:
-    """Write to a temporary name and rename: the target is whole or not there."""
+@rank_zero_only
+def _copy(source: Path, target: Path) -> None:
+    """Copy to a temporary name and rename: the target is whole or not there."""
     temporary = target.with_name(f".{target.name}.tmp")
-    write(source, temporary)
-    os.replace(temporary, target)
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
 
 
 @rank_zero_only

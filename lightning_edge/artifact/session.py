@@ -1,5 +1,6 @@
 """Run a file: one signature for every format, arrays in, arrays out."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,11 @@ def _onnxruntime(model: bytes | str, path: Path, threads: int) -> Session:
 def _load_pte(path: Path, threads: int) -> Session:
     try:
         import torch
-        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-        from executorch.runtime import Runtime
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This API is experimental")
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+            from executorch.runtime import Runtime
     except ImportError as error:
         message = f"ExecuTorch must be installed to run {path.name}: pip install 'lightning-edge[executorch]'"
         raise ImportError(message) from error
@@ -125,15 +129,20 @@ def _load_pte(path: Path, threads: int) -> Session:
     _unsafe_reset_threadpool(threads)
     method = Runtime.get().load_program(path).load_method("forward")
     metadata = method.metadata
+    rows = metadata.input_tensor_meta(0).sizes()[0]
     inputs = []
     for index in range(metadata.num_inputs()):
         item = metadata.input_tensor_meta(index)
-        # The batch is the largest that the file was made for; smaller ones run too where it was made dynamic.
+        # A program plans its memory for the largest batch that it was made for; larger ones run in several calls.
         inputs.append(InputInfo(f"input{index}", (None, *item.sizes()[1:]), _TORCH_CODES.get(item.dtype(), "float32")))
 
     def run(arrays: Sequence[Array]) -> Sequence[Array]:
-        tensors = [torch.from_numpy(array) for array in arrays]
-        return [output.numpy() for output in method.execute(tensors)]
+        parts = []
+        for start in range(0, max(1, len(arrays[0])), rows):
+            tensors = [torch.from_numpy(np.ascontiguousarray(array[start : start + rows])) for array in arrays]
+            # A copy: the next call writes its outputs to the same memory.
+            parts.append([output.numpy().copy() for output in method.execute(tensors)])
+        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
     return Session(run, path=path, runtime=f"ExecuTorch {version('executorch')}", threads=threads, inputs=inputs)
 

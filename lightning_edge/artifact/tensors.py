@@ -45,7 +45,9 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }
 CODECS = ("constant", "raw", "zstd", "half", "dense", "sparse")
 _ESCAPES = (14, 30, 62, 126, 254)
-_MAX_DIMENSIONS = 32
+_MAX_DIMENSIONS = 64  # numpy has no more
+_ZSTD_WINDOW = 1 << 23  # what level 19 uses
+_ZSTD_STEP = 1 << 10  # at most 32 MB can come out of so many bytes: a limit is not overrun by more
 Bits = NDArray[Any]
 
 
@@ -95,7 +97,7 @@ def read_record(reader: ByteReader, *, limit: int = MAX_BYTES) -> PackedTensor:
         raise reader.error(f"element type {dtype} is unknown: the file may be of a later version")
     itemsize = DTYPES[dtype].itemsize
     shape = tuple(reader.varint(limit=limit) for _ in range(reader.varint(limit=_MAX_DIMENSIONS)))
-    if prod(shape) * itemsize > limit:
+    if prod(max(size, 1) for size in shape) * itemsize > limit:  # numpy refuses large sizes beside a zero too
         raise reader.error(f"tensors must expand to at most {limit:,} bytes, got shape {shape}")
     codec = reader.byte()
     if codec >= len(CODECS):
@@ -129,7 +131,7 @@ def decode_tensor(record: PackedTensor) -> NDArray[Any]:
     else:
         flat = _decode_sparse(reader, count, dtype)
     reader.end()
-    return flat.reshape(record.shape)
+    return np.require(flat.reshape(record.shape), requirements="W")  # a view of the file cannot be written to
 
 
 def order0_bits(array: NDArray[Any]) -> float:
@@ -242,15 +244,19 @@ def inflate(reader: ByteReader, *, limit: int) -> bytes:
     b'abc'
     """
     error = reader.error
-    compressed = bytes(reader.take(reader.left))
-    try:
-        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(compressed) as stream:
-            data = stream.read(limit + 1)
-    except (zstandard.ZstdError, MemoryError) as failure:
-        raise error(f"zstd cannot read its stream: {failure}") from failure
-    if len(data) > limit:
-        raise error(f"at most {limit:,} bytes must come out of zstd, got more")
-    return bytes(data)
+    stream = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+    parts, size = [], 0
+    while reader.left and not stream.eof:
+        try:
+            parts.append(stream.decompress(reader.take(min(reader.left, _ZSTD_STEP))))
+        except zstandard.ZstdError as failure:
+            raise error(f"zstd cannot read its stream: {failure}") from failure
+        size += len(parts[-1])
+        if size > limit:
+            raise error(f"at most {limit:,} bytes must come out of zstd, got more")
+    if reader.left or stream.unused_data or not stream.eof:
+        raise error("zstd's stream must end where its bytes end, got another end")
+    return b"".join(parts)
 
 
 def _is_half(values: NDArray[Any]) -> bool:

@@ -1,6 +1,5 @@
 """Write the files that ship, and run each before the fit is called a success."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -120,11 +119,11 @@ class ExportArtifacts(L.Callback):
             try:
                 verification.check(path.name, min_agreement=self.min_agreement)
             except ArtifactMismatchError:
-                os.replace(path, self.folder / f"{self.name}.rejected.{suffix}")
+                path.replace(self.folder / f"{self.name}.rejected.{suffix}")
                 raise
             self.verifications[suffix] = verification
-            os.replace(path, self.folder / path.name)
-        rank_zero_info(f"{self.folder / path.name}: {(self.folder / path.name).stat().st_size:,} bytes, {verification}")
+            target = path.replace(self.folder / path.name)
+        rank_zero_info(f"{target}: {target.stat().st_size:,} bytes, {verification}")
 
     def _inputs(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Tensor]:
         """Yield the inputs of the whole validation data: the loader as the user gave it, not this rank's share."""

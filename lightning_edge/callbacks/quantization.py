@@ -1,4 +1,4 @@
-"""Train a network with fake-quantized numbers, so that the int8 network that comes of it has learned to live with them."""
+"""Train a network with fake-quantized numbers: the int8 network that comes of it has learned to live with them."""
 
 from typing import Any, ClassVar
 
@@ -12,13 +12,14 @@ from lightning_edge.surgery.selection import find_network
 
 
 class QuantizationAwareTraining(CompressionCallback):
-    """Quantization-aware training (Jacob et al. 2018, arXiv:1712.05877) that starts late and leaves no trace in checkpoints.
+    """Quantization-aware training (Jacob et al. 2018, arXiv:1712.05877) that starts late and keeps checkpoints plain.
 
-    From ``start_epoch`` the network's ``forward`` runs through a graph with torchao's fake quantizers, which shares the
-    network's own parameters and buffers. Before, nothing is captured and nothing costs anything. The plain network stays
-    registered under its own names: checkpoints, optimizers, DDP, averaging, pruning and sharing work on it as ever. The
-    ranges of the observers live in this callback's state. After the fit the network keeps computing with fake-quantized
-    numbers, so that ``trainer.test`` measures the int8 network; ``surgery.quantization.release_`` puts the plain one back.
+    From ``start_epoch`` the network's ``forward`` runs through a graph with torchao's fake quantizers, which shares
+    the network's own parameters and buffers. Before, nothing is captured and nothing costs anything. The plain network
+    stays registered under its own names: checkpoints, optimizers, DDP, averaging, pruning and sharing work on it as
+    ever. The ranges of the observers live in this callback's state. After the fit the network keeps computing with
+    fake-quantized numbers, so that ``trainer.test`` measures the int8 network; ``surgery.quantization.release_`` puts
+    the plain one back.
 
     Args:
         start_epoch: Zero-based epoch from which numbers are quantized and ranges observed.
@@ -84,7 +85,7 @@ class QuantizationAwareTraining(CompressionCallback):
             handle = network.register_forward_pre_hook(lambda _, inputs: (self._remember(inputs), handle.remove())[1])
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bring the observers back when a checkpoint is validated; in a fit, agree on the ranges before they are used."""
+        """Bring the observers back when a checkpoint is validated; in a fit, agree on the ranges first."""
         self._resume(pl_module)
         self._synchronize(trainer)
 

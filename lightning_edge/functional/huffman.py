@@ -100,13 +100,13 @@ def huffman_decode(reader: ByteReader, count: int, alphabet: int) -> Symbols:
         raise reader.error("code lengths must leave room for every code (Kraft's inequality), got some that do not")
     chunks = reader.varint(limit=count)
     size = -(-count // max(chunks, 1))
-    if chunks == 0 or size * (chunks - 1) >= count:
+    if chunks == 0 or size * (chunks - 1) >= count or size > 2 * _CHUNK_BITS:  # every symbol takes a bit
         raise reader.error(f"{count} symbols must fill every chunk, got {chunks} chunks")
     starts = np.cumsum([0, *(reader.varint(limit=size * MAX_LENGTH) for _ in range(chunks - 1))])
     data = np.frombuffer(reader.take(reader.left), dtype=np.uint8)
     total = 8 * len(data)
-    if starts[-1] > total:
-        raise reader.error(f"chunks must start within {total} bits, got {starts[-1]}")
+    if max(count, starts[-1]) > total:
+        raise reader.error(f"{total} bits must hold {count} symbols, the last chunk from bit {starts[-1]} on")
     padded = np.concatenate([data, np.zeros(4, dtype=np.uint8)]).astype(np.int64)
     symbol_of, length_of = _decoding_table(lengths, longest)
     position = starts.astype(np.int64)

@@ -13,6 +13,7 @@ _LOW = 1 << 16
 _PRECISIONS = (6, 8, 10, 12, 14)
 _MAX_LANES = 1 << 13
 _BYTES_PER_LANE = 400  # a lane's state costs 2 bytes more than it carries: half a percent
+_MAX_STEPS = 1 << 14  # of symbols that take hardly any bytes; one step is one numpy operation on all lanes
 MAX_ALPHABET = 1 << 13
 Counts = NDArray[np.int64]
 Symbols = NDArray[np.int64]
@@ -71,8 +72,8 @@ def rans_decode(reader: ByteReader, count: int, alphabet: int) -> Symbols:
         raise reader.error(f"precision must be one of {_PRECISIONS} bits, got {precision}")
     frequencies = _read_frequencies(reader, alphabet, 1 << precision)
     lanes = reader.varint(limit=min(_MAX_LANES, count))
-    if lanes == 0:
-        raise reader.error("a stream must have at least one lane, got none")
+    if lanes == 0 or (lanes < _MAX_LANES and lanes * _MAX_STEPS < count):
+        raise reader.error(f"{count} symbols must have a lane each {_MAX_STEPS}, got {lanes} lanes")
     state = np.frombuffer(reader.take(4 * lanes), dtype="<u4").astype(np.uint32)
     words = np.frombuffer(reader.take(reader.left // 2 * 2), dtype="<u2")
     symbol_of = np.repeat(np.arange(alphabet, dtype=np.uint16), frequencies)
@@ -99,7 +100,9 @@ def rans_decode(reader: ByteReader, count: int, alphabet: int) -> Symbols:
 
 def _lanes(size: int, count: int) -> int:
     lanes = 1
-    while lanes < _MAX_LANES and 2 * lanes * _BYTES_PER_LANE <= size and 2 * lanes <= count:
+    while lanes < _MAX_LANES and (
+        lanes * _MAX_STEPS < count or (2 * lanes * _BYTES_PER_LANE <= size and 2 * lanes <= count)
+    ):
         lanes *= 2
     return lanes
 

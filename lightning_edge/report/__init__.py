@@ -2,12 +2,11 @@
 
 from lightning_edge.report.footprint import Footprint, LayerFootprint, footprint
 from lightning_edge.report.measure import Measurement, Score, measure_artifacts, score
-from lightning_edge.report.summary import Agreement, EpochRecord, Report, ReportRow, environment, report_row
+from lightning_edge.report.summary import EpochRecord, Report, ReportRow, environment, report_row
 from lightning_edge.report.table import print_table
 from lightning_edge.report.write import write_report
 
 __all__ = [
-    "Agreement",
     "EpochRecord",
     "Footprint",
     "LayerFootprint",

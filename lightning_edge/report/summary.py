@@ -8,21 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import lightning_edge
 from lightning_edge.export.timing import Latency
+from lightning_edge.export.verification import Verification
 from lightning_edge.functional.energy import EnergyEstimate, MacType, estimate_energy
 from lightning_edge.report.footprint import Footprint
 from lightning_edge.report.measure import Measurement, Score
 
 _VALUE_BYTES: dict[MacType, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 _PACKAGES = ("torch", "lightning", "torchao", "numpy", "onnx", "onnxruntime", "executorch")
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far a file and the trained network give the same answers: equal labels, and the largest logit difference."""
-
-    agree: int
-    total: int
-    largest_difference: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class ReportRow:
     effective_macs: int
     energy: EnergyEstimate
     zero_skipping_energy: EnergyEstimate
-    verified: Agreement | None = None
+    verified: Verification | None = None
 
     @property
     def runtime(self) -> str:
@@ -106,7 +98,7 @@ def report_row(
     dense: Footprint,
     network: Footprint,
     mac_type: MacType = "fp32",
-    verified: Agreement | None = None,
+    verified: Verification | None = None,
 ) -> ReportRow:
     """Return the row of a measured file, its ratio and energies worked out.
 

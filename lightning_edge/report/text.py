@@ -1,7 +1,8 @@
 """Numbers as the table, the Markdown and the page show them."""
 
 from lightning_edge.report.measure import Score
-from lightning_edge.report.summary import Agreement, ReportRow
+from lightning_edge.export.verification import Verification
+from lightning_edge.report.summary import ReportRow
 
 # What is measured, and below it what exactly.
 COLUMNS = (
@@ -65,12 +66,12 @@ def energy_text(joules: float) -> str:
     return f"{joules * 1e9:.1f} nJ"
 
 
-def agreement_text(verified: Agreement | None) -> str:
+def agreement_text(verified: Verification | None) -> str:
     """Return how far a file agrees with the trained network.
 
-    >>> agreement_text(Agreement(180, 180, 1e-6))
+    >>> agreement_text(Verification(180, 180, 1e-6))
     '180/180 labels equal, largest difference 1e-06'
     """
     if verified is None:
         return "not checked"
-    return f"{verified.agree}/{verified.total} labels equal, largest difference {verified.largest_difference:.2g}"
+    return f"{verified.agreeing}/{verified.rows} labels equal, largest difference {verified.largest_difference:.2g}"

@@ -115,6 +115,8 @@ def replace_fake_quantizers_(graph_module: GraphModule) -> None:
             _repeat_pair(node)
         elif node.target in WEIGHTED:
             _make_room_for_bias(graph_module, node)
+    for node in filter(_is_dequantized, list(graph.nodes)):
+        _copy_for_each_reader(node)
     eliminate_dead_code_(graph_module)
     graph_module.delete_all_unused_submodules()
     _forget_unused_tensors(graph_module)
@@ -249,6 +251,13 @@ def _repeat_pair(node: Node) -> None:
     with node.graph.inserting_after(integers):
         pair = node.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *limits))
     node.replace_all_uses_with(pair, delete_user_cb=lambda user: user is not integers)
+
+
+def _copy_for_each_reader(node: Node) -> None:
+    """Let nobody share a dequantization, as torchao's ``convert_pt2e`` does: partitioners take it with its reader."""
+    for reader in list(node.users)[1:]:
+        with node.graph.inserting_before(reader):
+            reader.replace_input_with(node, node.graph.node_copy(node))
 
 
 def _is_dequantized(value: object) -> bool:

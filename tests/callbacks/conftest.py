@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_edge import ExactResume
 
+collect_ignore = ["ddp_worker.py"]  # a script that test_ddp.py runs
+
 
 class DigitsTask(L.LightningModule):
     """Batch norm, dropout and momentum: all that a resume has to get right."""

@@ -105,6 +105,27 @@ def test_biases_of_channels_without_weight_arrive(runtime, images):
     torch.testing.assert_close(got, net(images).detach(), rtol=0, atol=1.01 * step)
 
 
+def test_a_shortcut_that_strides_and_pads_is_lowered(runtime, images):
+    """The first block of a stage of ResNet-20 (option A); partitions that share a dequantization cannot be lowered."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            return F.relu(self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)))
+
+    torch.manual_seed(0)
+    net = Block()
+    captured = capture_(net, (images,))
+    net(images)
+    net.eval()
+    got = run(runtime, to_executorch(net, (images,)), images)
+    # The convolution and the sum each round once.
+    torch.testing.assert_close(got, net(images).detach(), rtol=0, atol=2.01 * float(captured.observers["relu"].scale))
+
+
 def test_the_int8_program_holds_a_byte_per_weight(quantized):
     net, program = quantized
     weights = sum(parameter.numel() for parameter in net.parameters())

@@ -5,8 +5,8 @@ import torch
 
 from lightning_edge.export.timing import Latency
 from lightning_edge.models import DigitsNet
+from lightning_edge.export.verification import Verification
 from lightning_edge.report import (
-    Agreement,
     EpochRecord,
     Measurement,
     Report,
@@ -43,7 +43,7 @@ def report():
                 "edge",
                 measured("model.edge", 5_432, 8, 0.051),
                 **sizes,
-                verified=Agreement(agree=180, total=180, largest_difference=2e-6),
+                verified=Verification(rows=180, agreeing=180, largest_difference=2e-6),
             ),
             report_row("pte, int8", measured("model.pte", 45_000, 9, 0.03), **sizes, mac_type="int8"),
         ),
