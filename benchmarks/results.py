@@ -14,7 +14,11 @@ TITLE = "# Results\n\nEach section is written by the script that its command nam
 
 def machine() -> str:
     """Return the processor, its cores, and the versions that decide about speed."""
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    model = (
+        re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").exists()
+        else None
+    )
     name = model.group(1) if model else platform.processor()
     return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 

@@ -69,7 +69,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The dirpath has changed.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval.*")
+    warnings.filterwarnings(
+        "ignore", message="The number of training batches .* is smaller than the logging interval.*"
+    )
 
 
 def _check(cfg: DictConfig) -> None:
@@ -168,7 +170,9 @@ def _report(
     for name, measurement in measured.items():
         verification = exported.verifications.get(name)
         is_dense = verification is None
-        mac_type: MacType = "int8" if isinstance(vars(network).get("forward"), CapturedNetwork) and not is_dense else "fp32"
+        mac_type: MacType = (
+            "int8" if isinstance(vars(network).get("forward"), CapturedNetwork) and not is_dense else "fp32"
+        )
         rows.append(
             report_row(
                 name if is_dense else _label(name, mac_type),

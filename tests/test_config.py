@@ -140,7 +140,7 @@ def test_the_dense_stage_is_a_diff_that_sees_its_own_values():
         "trainer.logger=true",
         "trainer.enable_progress_bar=false",
         "callbacks.export.folder=elsewhere",
-        "callbacks.checkpoint.save_last=link",
+        "callbacks.checkpoint.enable_version_counter=true",
         "~callbacks.checkpoint",
         "~callbacks.history",
         "dense.callbacks.checkpoint.dirpath=elsewhere",

@@ -150,7 +150,7 @@ def _split_model(model: "ModelProto") -> tuple[bytes, dict[str, Typed]]:
 def _elements(initializer: Any, kind: int) -> NDArray[Any]:
     from onnx import numpy_helper
 
-    array = numpy_helper.to_array(initializer)
+    array: NDArray[Any] = numpy_helper.to_array(initializer)
     return array.view(np.uint16) if kind == BFLOAT16 else array
 
 

@@ -82,7 +82,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._resume(pl_module)
         if self._captured is None and not self._inputs:
             network = find_network(pl_module, self.network)
-            handle = network.register_forward_pre_hook(lambda _, inputs: (self._remember(inputs), handle.remove())[1])
+            self._first_forward = network.register_forward_pre_hook(self._see_inputs)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the observers back when a checkpoint is validated; in a fit, agree on the ranges first."""
@@ -97,7 +97,9 @@ class QuantizationAwareTraining(CompressionCallback):
         """Bring the observers back when a checkpoint predicts."""
         self._resume(pl_module)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Capture the network before the first batch of ``start_epoch``, and freeze the observers when it is time."""
         if self._captured is None and trainer.current_epoch >= self.start_epoch:
             if not self._inputs:  # no forward yet: quantized from the first batch on, without a sanity check
@@ -124,7 +126,7 @@ class QuantizationAwareTraining(CompressionCallback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the observers' ranges, scales and zero points, and the shapes of the inputs; nothing before the start."""
+        """Return the observers' state and the shapes of the inputs; nothing before the start."""
         if self._captured is None:
             return {}
         return {"observers": self._captured.observer_state(), "inputs": self._inputs}
@@ -143,7 +145,10 @@ class QuantizationAwareTraining(CompressionCallback):
     def _capture(self, pl_module: L.LightningModule) -> None:
         network = find_network(pl_module, self.network)
         # Capturing reads shapes and types alone; two rows, since a batch of one would become a constant of the graph.
-        inputs = tuple(torch.zeros(2, *shape, dtype=getattr(torch, dtype), device=pl_module.device) for shape, dtype in self._inputs)
+        inputs = tuple(
+            torch.zeros(2, *shape, dtype=getattr(torch, dtype), device=pl_module.device)
+            for shape, dtype in self._inputs
+        )
         installed = vars(network).get("forward")
         if isinstance(installed, CapturedNetwork):  # a second run of the same module
             self._captured = installed
@@ -152,6 +157,10 @@ class QuantizationAwareTraining(CompressionCallback):
         else:
             self._captured = capture_(network, inputs, observers=self._observers)
         self._observers = None
+
+    def _see_inputs(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._remember(inputs)
+        self._first_forward.remove()
 
     def _remember(self, inputs: Any) -> None:
         """Keep shape (without the batch) and type of the network's inputs."""

@@ -33,7 +33,7 @@ def code_lengths(counts: Counts, *, max_length: int = MAX_LENGTH) -> NDArray[np.
     if len(used) == 1:
         lengths[used] = 1
         return lengths
-    leaves = sorted((int(counts[symbol]), (int(symbol),)) for symbol in used)
+    leaves: list[tuple[int, tuple[int, ...]]] = sorted((int(counts[symbol]), (int(symbol),)) for symbol in used)
     packages = leaves
     for _ in range(max_length - 1):
         merged = [

@@ -1,7 +1,7 @@
 """Numbers as the table, the Markdown and the page show them."""
 
-from lightning_edge.report.measure import Score
 from lightning_edge.export.verification import Verification
+from lightning_edge.report.measure import Score
 from lightning_edge.report.summary import ReportRow
 
 # What is measured, and below it what exactly.

@@ -72,7 +72,7 @@ def fit_digits(folder, callbacks, *, task=None, loaders=None, ckpt_path=None, se
 
 @pytest.fixture
 def fit(tmp_path):
-    """Fit with ``ExactResume`` and the callbacks given, checkpoints in ``tmp_path`` unless ``folder`` says otherwise."""
+    """Fit with ``ExactResume`` and the callbacks given; checkpoints go to ``tmp_path / folder``."""
 
     def run(*callbacks, folder="fit", exact=True, **options):
         return fit_digits(tmp_path / folder, [*([ExactResume()] if exact else []), *callbacks], **options)

@@ -1,4 +1,4 @@
-"""Run by test_ddp.py, and once more by Lightning for the second process: fit under DDP and write what each rank holds."""
+"""Run by test_ddp.py, once more by Lightning for the second process: fit under DDP, write what each rank holds."""
 
 import hashlib
 import sys

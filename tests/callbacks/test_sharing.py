@@ -75,7 +75,9 @@ def test_resumed_equals_uninterrupted(fit, tmp_path, epoch, init):
 
     whole, _ = fit(*make())
     resumed, _ = fit(*make(), folder="resumed", ckpt_path=tmp_path / "fit" / f"epoch={epoch}.ckpt")
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 def test_a_mapping_leaves_the_other_layers_free(fit):
@@ -85,7 +87,10 @@ def test_a_mapping_leaves_the_other_layers_free(fit):
 
 
 def test_a_fit_that_ends_early_raises(fit):
-    with pytest.raises(ValueError, match=r"must cluster at epochs \[1, 3\], got a fit that ended at epoch 3 with the last clustering at 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"must cluster at epochs \[1, 3\], got a fit that ended at epoch 3 with the last clustering at 1",
+    ):
         fit(WeightSharing(4, at_epochs=[3, 1]), max_steps=24)
 
 

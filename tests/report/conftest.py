@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lightning_edge.export.timing import Latency
-from lightning_edge.models import DigitsNet
 from lightning_edge.export.verification import Verification
+from lightning_edge.models import DigitsNet
 from lightning_edge.report import (
     EpochRecord,
     Measurement,

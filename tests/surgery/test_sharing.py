@@ -39,7 +39,9 @@ def test_the_inertia_is_the_squared_change():
     model = net()
     before = [model[i].weight.detach().clone() for i in (0, 2)]
     report = share_weights_(model, clusters=4)
-    change = sum(float((model[i].weight.detach() - b).double().square().sum()) for i, b in zip((0, 2), before, strict=True))
+    change = sum(
+        float((model[i].weight.detach() - b).double().square().sum()) for i, b in zip((0, 2), before, strict=True)
+    )
     assert report.inertia == pytest.approx(change, rel=1e-9)
 
 
