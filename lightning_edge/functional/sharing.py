@@ -178,7 +178,7 @@ def _optimal(points: Floats, counts: Floats, clusters: int) -> Floats:
     cost = q[1:] - m[1:] ** 2 / w[1:]
     splits = np.zeros((clusters, n), dtype=np.int32)
     for k in range(1, clusters):
-        cost, splits[k] = _next_row(np.concatenate([[0.0], cost]), w, m, q)
+        cost, splits[k] = _next_row(np.concatenate([[0.0], cost]), splits[k - 1], w, m, q)
     edges = np.zeros(clusters + 1, dtype=np.int64)
     edges[clusters] = n
     for k in range(clusters - 1, 0, -1):
@@ -189,17 +189,19 @@ def _optimal(points: Floats, counts: Floats, clusters: int) -> Floats:
     return means + np.average(points, weights=counts)
 
 
-def _next_row(before: Floats, w: Floats, m: Floats, q: Floats) -> tuple[Floats, NDArray[np.int32]]:
+def _next_row(
+    before: Floats, least_split: NDArray[np.int32], w: Floats, m: Floats, q: Floats
+) -> tuple[Floats, NDArray[np.int32]]:
     n = len(before) - 1
     cost, split = np.empty(n), np.zeros(n, dtype=np.int32)
     # One level: open ranges of ends j, each with the range of starts i that its best split can have.
     lo_j, hi_j, lo_i, hi_i = (np.array([v]) for v in (0, n - 1, 0, n - 1))
     while len(lo_j):
         j = (lo_j + hi_j) // 2
-        top = np.minimum(hi_i, j)
-        length = top - lo_i + 1
+        first = np.maximum(lo_i, least_split[j])  # with one cluster more, the last one starts no earlier
+        length = np.minimum(hi_i, j) - first + 1
         starts = np.concatenate([[0], np.cumsum(length)[:-1]])
-        i = np.arange(length.sum()) - np.repeat(starts - lo_i, length)
+        i = np.arange(length.sum()) - np.repeat(starts - first, length)
         end = np.repeat(j + 1, length)
         weight, moment = w[end] - w[i], m[end] - m[i]
         value = before[i] + (q[end] - q[i]) - moment * moment / weight
