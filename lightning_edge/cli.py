@@ -32,7 +32,7 @@ lightning-edge recipe=NAME [key=value ...]     compress a network as the recipe 
 lightning-edge resume=FOLDER [key=value ...]   go on with an interrupted run, in its folder
 lightning-edge inspect FILE                    print what is in a .edge file
 lightning-edge unpack FILE OUT                 write its ordinary .onnx or .safetensors
-lightning-edge pack SOURCE OUT                 pack an .onnx, .safetensors or checkpoint into a .edge file
+lightning-edge pack SOURCE OUT                 pack an .onnx or .safetensors file into a .edge file
 """
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 

@@ -70,7 +70,8 @@ def _check_keys(node: DictConfig, valid: Iterable[str], *, where: str) -> None:
 
 def _top_level_keys() -> set[str]:
     own = {str(key) for key in OmegaConf.load(config_folder() / "config.yaml")}
-    return (own | set(group_names())) - {"defaults", "hydra", "recipe"}
+    # A model's file may say how far it stands to be compressed.
+    return (own | set(group_names()) | {"targets"}) - {"defaults", "hydra", "recipe"}
 
 
 def _export_keys() -> set[str]:

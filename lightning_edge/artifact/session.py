@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_edge.artifact.unpack import onnx_bytes
+from lightning_edge.artifact.reading import onnx_bytes
 
 Array = NDArray[Any]
 

@@ -47,13 +47,12 @@ CODECS = ("constant", "raw", "zstd", "half", "dense", "sparse")
 _ESCAPES = (14, 30, 62, 126, 254)
 _MAX_DIMENSIONS = 64  # numpy has no more
 _ZSTD_WINDOW = 1 << 23  # what level 19 uses
-_ZSTD_STEP = 1 << 10  # at most 32 MB can come out of so many bytes: a limit is not overrun by more
 Bits = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """What a record says of its tensor, without expanding it."""
+    """What a record says of its tensor, without expanding it; ``size`` is that of the whole record, in bytes."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -92,6 +91,7 @@ def read_record(reader: ByteReader, *, limit: int = MAX_BYTES) -> PackedTensor:
     >>> read_record(ByteReader(encode_tensor(np.ones(5, np.int8), 3)[0])).shape
     (5,)
     """
+    start = reader.offset
     dtype = reader.byte()
     if dtype not in DTYPES:
         raise reader.error(f"element type {dtype} is unknown: the file may be of a later version")
@@ -103,7 +103,7 @@ def read_record(reader: ByteReader, *, limit: int = MAX_BYTES) -> PackedTensor:
     if codec >= len(CODECS):
         raise reader.error(f"codec {codec} is unknown: the file may be of a later version")
     payload = reader.sub(reader.varint(limit=limit))
-    return PackedTensor(dtype, shape, CODECS[codec], payload.left, payload)
+    return PackedTensor(dtype, shape, CODECS[codec], reader.offset - start, payload)
 
 
 def decode_tensor(record: PackedTensor) -> NDArray[Any]:
@@ -246,9 +246,10 @@ def inflate(reader: ByteReader, *, limit: int) -> bytes:
     error = reader.error
     stream = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
     parts, size = [], 0
+    step = min(max(limit >> 16, 16), 1024)  # up to 32 KB come out of a byte: half the limit, or 512 KB, too much
     while reader.left and not stream.eof:
         try:
-            parts.append(stream.decompress(reader.take(min(reader.left, _ZSTD_STEP))))
+            parts.append(stream.decompress(reader.take(min(reader.left, step))))
         except zstandard.ZstdError as failure:
             raise error(f"zstd cannot read its stream: {failure}") from failure
         size += len(parts[-1])

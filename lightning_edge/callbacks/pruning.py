@@ -122,7 +122,7 @@ class WeightPruning(CompressionCallback):
             for network in self.networks(trainer, pl_module):
                 apply_masks_(dict(network.named_parameters()), self._masks)
         if self._masks:
-            pl_module.log("pruning/sparsity", self._reached(), on_epoch=True)
+            pl_module.log("pruning/sparsity", self._reached(), on_epoch=True, sync_dist=True)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Leave pruned weights out of the norm that gradient clipping takes."""

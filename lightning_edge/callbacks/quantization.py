@@ -115,7 +115,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._synchronize(trainer)
         if self._captured is not None:
             low, high = self._captured.ranges()
-            pl_module.log("quantization/widest_range", (high - low).max(), on_epoch=True)
+            pl_module.log("quantization/widest_range", (high - low).max(), on_epoch=True, sync_dist=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise if the fit ended before quantization started."""

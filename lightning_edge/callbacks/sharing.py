@@ -124,9 +124,9 @@ class WeightSharing(CompressionCallback):
             require_agreement(trainer, self._codes.values(), what="the codes of the shared weights")
             for network in self.networks(trainer, pl_module):
                 project_shared_(dict(network.named_parameters()), self._codes)
-            pl_module.log("sharing/inertia", report.inertia, on_epoch=True)
+            pl_module.log("sharing/inertia", report.inertia, on_epoch=True, sync_dist=True)
         if self._codes:
-            pl_module.log("sharing/distinct_values", float(self._distinct()), on_epoch=True)
+            pl_module.log("sharing/distinct_values", float(self._distinct()), on_epoch=True, sync_dist=True)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Give all weights of a cluster the same gradient."""

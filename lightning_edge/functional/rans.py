@@ -25,7 +25,8 @@ def rans_bytes(counts: Counts) -> int:
     >>> rans_bytes(np.array([1000, 1000])) - 250 < 10
     True
     """
-    return _best_model(counts)[0]
+    size = _best_model(counts)[0]
+    return size + 2 * _lanes(size, int(counts.sum()))
 
 
 def rans_encode(symbols: Symbols, alphabet: int) -> bytes:
@@ -99,6 +100,7 @@ def rans_decode(reader: ByteReader, count: int, alphabet: int) -> Symbols:
 
 
 def _lanes(size: int, count: int) -> int:
+    """Return as many lanes as cost little, and enough that no stream takes many steps."""
     lanes = 1
     while lanes < _MAX_LANES and (
         lanes * _MAX_STEPS < count or (2 * lanes * _BYTES_PER_LANE <= size and 2 * lanes <= count)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 import lightning_edge
 from lightning_edge.artifact.format import INDEX, META, TENSORS, join_sections
+from lightning_edge.artifact.reading import SAFETENSORS, write_atomically
 from lightning_edge.artifact.tensors import BFLOAT16, DTYPES, encode_tensor
-from lightning_edge.artifact.unpack import SAFETENSORS, write_atomically
 from lightning_edge.functional.bytestream import varint
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def pack(
         recipe_hash: What the file says about the settings that made it.
 
     Raises:
-        ValueError: If ``source`` is none of these, or an element type cannot be stored.
+        ValueError: If ``source`` is none of these, or a name or an element type cannot be stored.
         FileNotFoundError: If there is no file at ``source``.
 
     >>> import tempfile
@@ -70,8 +70,8 @@ def pack(
     path = Path(path)
     graph, tensors = _read_source(source)
     names = list(tensors)
-    if any("\n" in name for name in names):
-        raise ValueError(f"tensor names must have no line break, got {[n for n in names if chr(10) in n][:3]}")
+    if unfit := [name for name in names if not _fits(name)]:
+        raise ValueError(f"tensor names must have no line break and not be empty, got {unfit[:3]}")
     encoded = {name: encode_tensor(array, dtype) for name, (array, dtype) in tensors.items()}
     joined = "\n".join(names).encode()
     index = zstandard.ZstdCompressor(level=19, write_content_size=False, write_checksum=False).compress(
@@ -116,13 +116,24 @@ def _typed(name: str, value: Any) -> Typed:
             import torch
 
             return value.view(torch.uint16).numpy(), BFLOAT16
-        value = value.numpy()
+        try:
+            value = value.numpy()
+        except TypeError as error:  # a type that numpy does not have
+            raise _unknown_type(name, value.dtype) from error
     array = np.asarray(value)
     kinds = [code for code, dtype in DTYPES.items() if dtype == array.dtype.newbyteorder("<") and code != BFLOAT16]
     if not kinds:
-        known = sorted({dtype.name for dtype in DTYPES.values()})
-        raise ValueError(f"tensors must have one of the types {known} or bfloat16, got {array.dtype} in {name!r}")
+        raise _unknown_type(name, array.dtype)
     return array, kinds[0]
+
+
+def _unknown_type(name: str, dtype: object) -> ValueError:
+    known = sorted({dtype.name for dtype in DTYPES.values()})
+    return ValueError(f"tensors must have one of the types {known} or bfloat16, got {dtype} in {name!r}")
+
+
+def _fits(name: str) -> bool:
+    return name != "" and "\n" not in name
 
 
 def _split_model(model: "ModelProto") -> tuple[bytes, dict[str, Typed]]:
@@ -137,13 +148,13 @@ def _split_model(model: "ModelProto") -> tuple[bytes, dict[str, Typed]]:
     for initializer in slim.graph.initializer:
         kind = initializer.data_type
         array = _elements(initializer, kind) if kind in DTYPES else None
-        if array is None or array.nbytes <= _INLINE_BYTES or "\n" in initializer.name:
+        if array is None or array.nbytes <= _INLINE_BYTES or not _fits(initializer.name):
             kept.append(initializer if array is None else _compact(initializer, numpy_helper))
         else:
             tensors[initializer.name] = (array, kind)
     del slim.graph.initializer[:]
     slim.graph.initializer.extend(kept)
-    _strip(slim)
+    _strip(slim, tensors)
     return slim.SerializeToString(deterministic=True), tensors
 
 
@@ -162,7 +173,7 @@ def _compact(initializer: Any, numpy_helper: Any) -> Any:
     )
 
 
-def _strip(model: "ModelProto") -> None:
+def _strip(model: "ModelProto", tensors: Mapping[str, Typed]) -> None:
     """Drop what describes the tracing, and shorten the names of values that nobody outside the graph can see."""
     model.doc_string = model.producer_name = model.producer_version = model.domain = ""
     del model.metadata_props[:]
@@ -176,11 +187,13 @@ def _strip(model: "ModelProto") -> None:
     for item in (*graph.initializer, *graph.input, *graph.output):
         item.doc_string = ""
         del item.metadata_props[:]
-    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
-        return  # a subgraph may use names of the graph around it
+    subgraphs = any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute)
+    if subgraphs or graph.quantization_annotation:
+        return  # both may use names of the graph around them
     made = [name for node in graph.node for name in node.output if name]
     seen = {item.name for item in (*graph.input, *graph.output)}
-    taken = seen | {name for node in graph.node for name in node.input}
+    taken = seen | {name for node in graph.node for name in node.input} | set(tensors)
+    taken |= {item.name for item in graph.initializer} | {item.values.name for item in graph.sparse_initializer}
     fresh = (token for token in _tokens() if token not in taken)
     short = {name: next(fresh) for name in made if name not in seen}
     for node in graph.node:
@@ -210,7 +223,5 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Typed]]:
             start, end = entry["data_offsets"]
             flat = np.frombuffer(data[8 + size + start : 8 + size + end], DTYPES[kind])
             yield name, (flat.reshape(entry["shape"]), kind)
-    except (struct.error, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"source must be a safetensors file, got {path}, whose header cannot be read: {error}"
-        ) from error
+    except (struct.error, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"source must be a safetensors file, got {path}, which cannot be read: {error}") from error

@@ -22,7 +22,7 @@ from lightning_edge.artifact.tensors import (
     order0_bits,
     read_record,
 )
-from lightning_edge.functional.bytestream import EdgeFormatError, varint
+from lightning_edge.functional.bytestream import ByteReader, EdgeFormatError, varint
 
 SAFETENSORS = {
     "F32": 1,
@@ -80,28 +80,34 @@ class Contents:
     records: dict[str, PackedTensor]
 
 
-def open_file(path: str | Path) -> Contents:
+def open_file(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Contents:
     """Open a packed file: check lengths and checksums, and read everything but the tensors' elements.
+
+    Args:
+        path: The file.
+        max_bytes: Most bytes that the graph and all tensors may expand to, checked before memory is taken; the work on
+            a tensor takes up to 48 bytes per element more. A file of some bytes can claim all of it: on a device, or
+            with files from strangers, say what you have.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        EdgeFormatError: If it is damaged, cut short, hostile or of a later version.
+        EdgeFormatError: If it is damaged, cut short, hostile, too large or of a later version.
     """
-    return parse(read_bytes(path))
+    return parse(read_bytes(path), max_bytes=max_bytes)
 
 
-def parse(data: bytes) -> Contents:
+def parse(data: bytes, *, max_bytes: int = MAX_BYTES) -> Contents:
     """Open the bytes of a packed file, see :func:`open_file`."""
     sections = split(data)
     meta = section_data(data, sections, META)
     version, _, recipe = _text(bytes(meta.take(meta.left)), meta.offset).partition("\0")
     index = section_data(data, sections, INDEX)
     start = index.offset
-    inside = memoryview(inflate(index, limit=MAX_BYTES))
-    names, graph = _split_index(inside, start)
     reader = section_data(data, sections, TENSORS)
+    inside = memoryview(inflate(index, limit=max_bytes))
+    names, graph = _split_index(inside, start, limit=reader.left)
     records: dict[str, PackedTensor] = {}
-    left = MAX_BYTES
+    left = max_bytes - len(inside)
     for name in names:
         record = read_record(reader, limit=left)
         left -= record.elements * DTYPES[record.dtype].itemsize
@@ -112,24 +118,32 @@ def parse(data: bytes) -> Contents:
     return Contents(sections, version, recipe, graph, records)
 
 
-def read_tensors(path: str | Path) -> dict[str, NDArray[Any]]:
+def read_tensors(path: str | Path, *, max_bytes: int = MAX_BYTES) -> dict[str, NDArray[Any]]:
     """Return the tensors of a packed file by name, bit by bit what was packed (bfloat16 as the uint16 of its bits).
 
+    Args:
+        path: The file.
+        max_bytes: Most bytes that it may expand to, see :func:`open_file`.
+
     Raises:
         FileNotFoundError: If there is no such file.
         EdgeFormatError: If it is damaged, cut short, hostile or of a later version.
     """
-    return {name: decode_tensor(record) for name, record in open_file(path).records.items()}
+    return {name: decode_tensor(record) for name, record in open_file(path, max_bytes=max_bytes).records.items()}
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Inspection:
     """Return what is in a packed file.
 
+    Args:
+        path: The file.
+        max_bytes: Most bytes that it may expand to, see :func:`open_file`.
+
     Raises:
         FileNotFoundError: If there is no such file.
         EdgeFormatError: If it is damaged, cut short, hostile or of a later version.
     """
-    contents = open_file(path)
+    contents = open_file(path, max_bytes=max_bytes)
     rows = []
     for name, record in contents.records.items():
         array = decode_tensor(record)
@@ -153,17 +167,21 @@ def inspect(path: str | Path) -> Inspection:
     return Inspection(str(path), size, contents.tool_version, contents.recipe_hash, graph_bytes, sections, tuple(rows))
 
 
-def onnx_bytes(path: str | Path) -> bytes:
+def onnx_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """Return the ONNX model of a packed file, serialized, every tensor inside.
 
     Protocol buffers that are written one behind the other are read as one: the graph without its tensors, then a model
     of tensors alone. So this needs no ONNX library.
 
+    Args:
+        path: The file.
+        max_bytes: Most bytes that it may expand to, see :func:`open_file`.
+
     Raises:
         FileNotFoundError: If there is no such file.
         EdgeFormatError: If it is damaged, or holds tensors alone.
     """
-    contents = open_file(path)
+    contents = open_file(path, max_bytes=max_bytes)
     if not contents.graph:
         raise EdgeFormatError(
             "the file must hold a graph to be run, got tensors alone: unpack it to .safetensors", offset=0
@@ -201,12 +219,13 @@ def write_atomically(path: Path, data: bytes) -> Path:
     return path
 
 
-def _split_index(inside: memoryview, offset: int) -> tuple[list[str], bytes]:
-    from lightning_edge.functional.bytestream import ByteReader
-
+def _split_index(inside: memoryview, offset: int, *, limit: int) -> tuple[list[str], bytes]:
+    """Return the names of at most ``limit`` tensors, and the graph."""
     reader = ByteReader(inside, offset=offset)
-    joined = _text(bytes(reader.take(reader.varint(limit=MAX_BYTES))), offset)
-    return joined.split("\n") if joined else [], bytes(reader.take(reader.left))
+    joined = bytes(reader.take(reader.varint()))
+    if joined.count(b"\n") >= max(1, limit):
+        raise EdgeFormatError(f"{limit} bytes of tensors must hold every tensor named, got more names", offset=offset)
+    return _text(joined, offset).split("\n") if joined else [], bytes(reader.take(reader.left))
 
 
 def _text(data: bytes, offset: int) -> str:
