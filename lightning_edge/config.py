@@ -100,7 +100,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
     >>> cfg = compose(["recipe=deep_compression", "trainer.max_epochs=20"])
     >>> cfg.callbacks.pruning.end_epoch, list(cfg.callbacks.sharing.at_epochs)
-    (10, [12, 16])
+    (8, [14, 17])
     """
     register()
     with initialize_config_dir(str(config_folder()), job_name="lightning_edge", version_base="1.3"):

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from lightning_edge import ExportArtifacts, QuantizationAwareTraining, WeightPruning, WeightSharing, load_artifact
+from lightning_edge.artifact import inspect
+from lightning_edge.callbacks import export as module
+from lightning_edge.export.verification import ArtifactMismatchError
+
+
+def test_each_file_computes_what_the_trained_module_computes(fit, tmp_path, digits_loaders):
+    export = ExportArtifacts(tmp_path / "out", formats=["edge", "onnx"], name="net", recipe_hash="abc")
+    task, _ = fit(WeightPruning(0.8, end_epoch=1), WeightSharing(6, at_epochs=[2]), export)
+    images = next(iter(digits_loaders()[1]))[0]
+    expected = task.eval()(images).detach().numpy()
+    for suffix in ("edge", "onnx"):
+        np.testing.assert_allclose(
+            load_artifact(tmp_path / "out" / f"net.{suffix}")(images.numpy()), expected, atol=1e-4
+        )
+        assert (export.verifications[suffix].agreeing, export.verifications[suffix].rows) == (64, 64)
+    found = inspect(tmp_path / "out" / "net.edge")
+    assert found.recipe_hash == "abc"
+    weights = {row.name: row for row in found.tensors if row.name.endswith("weight")}
+    assert max(row.distinct for row in weights.values()) <= 7
+    assert sum(row.zeros for row in weights.values()) == int(0.8 * 2664)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["net.edge", "net.onnx"]
+
+
+def test_a_quantized_network_is_exported_in_integers(fit, tmp_path):
+    export = ExportArtifacts(tmp_path / "out", formats=["edge"], min_agreement=0.95)
+    fit(QuantizationAwareTraining(1), export)
+    kinds = [row.dtype for row in inspect(tmp_path / "out" / "model.edge").tensors if len(row.shape) > 1]
+    assert set(kinds) == {"int8"}
+
+
+def test_the_training_mode_of_the_network_is_put_back(fit, tmp_path):
+    modes = []
+
+    class Mode(Callback):
+        def on_fit_end(self, trainer, pl_module):
+            modes.append(pl_module.model.training)
+
+    fit(Mode(), ExportArtifacts(tmp_path / "out", formats=["onnx"]), Mode(), epochs=1)
+    assert modes[0] == modes[1]
+
+
+def test_a_file_that_disagrees_is_kept_aside_and_named(fit, tmp_path, monkeypatch):
+    load = module.load_artifact
+    monkeypatch.setattr(module, "load_artifact", lambda path: lambda images: -load(path)(images))
+    with pytest.raises(ArtifactMismatchError, match=r"model\.onnx must compute what the trained network computes"):
+        fit(ExportArtifacts(tmp_path / "out", formats=["onnx"]), epochs=1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.rejected.onnx"]
+
+
+def test_a_run_resumed_from_its_finished_checkpoint_exports_the_same_bytes(fit, tmp_path):
+    def make(name):
+        pruning = WeightPruning(0.8, end_epoch=1)
+        return (
+            pruning,
+            QuantizationAwareTraining(1),
+            ExportArtifacts(tmp_path / name, formats=["edge"], min_agreement=0.9),
+        )
+
+    fit(*make("first"))
+    fit(*make("second"), folder="resumed", ckpt_path=tmp_path / "fit" / "epoch=3.ckpt")
+    first, second = ((tmp_path / name / "model.edge").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
+def test_a_trial_run_of_one_batch_exports_nothing(fit, tmp_path):
+    fit(ExportArtifacts(tmp_path / "out"), fast_dev_run=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_no_validation_data_is_said_before_any_training(fit, tmp_path, digits_loaders):
+    with pytest.raises(ValueError, match="fit must have validation data, on which ExportArtifacts checks the files"):
+        fit(ExportArtifacts(tmp_path / "out"), loaders=digits_loaders()[:1])
+
+
+def test_a_missing_executorch_is_said_before_any_training(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'formats must not hold "pte" without ExecuTorch: pip install'):
+        fit(ExportArtifacts(tmp_path / "out", formats=["pte"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"formats": ["tflite"]}, r"formats must be a list of some of \['edge', 'onnx', 'pte'\], got \['tflite'\]"),
+        ({"formats": []}, "formats must be a list of some of"),
+        ({"formats": "onnx"}, "formats must be a list of some of"),
+        ({"min_agreement": 99}, r"min_agreement must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_arguments_fail_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ExportArtifacts("out", **arguments)
