@@ -31,14 +31,14 @@ class CompressionCallback(L.Callback):
     follows: ClassVar[tuple[str, ...]] = ()
     """Techniques that may not change the network any more from :meth:`fixes_at` on."""
     network: str | None = None
-    _resumed = False
+    _resumed = _trained = False
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise a ValueError if the callback cannot do its work on ``network`` within ``max_epochs``."""
 
     def reset(self) -> None:
         """Forget an earlier fit of this callback; a resumed one loads its state afterwards."""
-        self._resumed = False
+        self._resumed = self._trained = False
 
     def decisions(self) -> tuple[int, int]:
         """Return the first and the last epoch (zero-based) at whose start the callback changes the network."""
@@ -76,6 +76,14 @@ class CompressionCallback(L.Callback):
                 "This run is resumed without ExactResume(): Lightning restores no random states, so data order,"
                 " augmentation and dropout differ from the uninterrupted run. Add ExactResume() to the callbacks."
             )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know a fit that trains from one whose trainer has already finished."""
+        self._trained = True
+
+    def must_be_done(self, trainer: L.Trainer) -> bool:
+        """Return whether this fit had to reach the targets: not a trial run, nor one that had nothing left to train."""
+        return (self._trained or self._resumed) and not is_trial(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: tensors, numbers and strings only."""

@@ -102,6 +102,14 @@ class ExportArtifacts(L.Callback):
         network.eval()
         try:
             example = (next(self._inputs(trainer, pl_module)),)
+            try:
+                network(*example)
+            except TypeError as error:
+                raise ValueError(
+                    "network must take what a validation batch has first as its only input, for ExportArtifacts to"
+                    f" check the files on it, got: {error}; export it by lightning_edge.export(network, path,"
+                    " example_inputs=...)"
+                ) from error
             self.folder.mkdir(parents=True, exist_ok=True)
             for suffix in self.formats:
                 self._export_one(suffix, trainer, pl_module, example)

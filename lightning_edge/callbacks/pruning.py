@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, is_trial, require_agreement, state_tensors
+from lightning_edge.callbacks.base import CompressionCallback, require_agreement, state_tensors
 from lightning_edge.functional.pruning import pruned_count
 from lightning_edge.functional.schedules import Schedule, find_schedule, progress_at
 from lightning_edge.surgery.pruning import Scope, apply_masks_, check_scope, check_sparsity, prune_
@@ -135,7 +135,7 @@ class WeightPruning(CompressionCallback):
         if self._masks:
             # The product of a negative weight and its mask is -0.0, a second zero to every coder.
             apply_masks_(weights, {name: mask.to(weights[name].device) for name, mask in self._masks.items()})
-        if self._reached() != self._final() and not is_trial(trainer):
+        if self._reached() != self._final() and self.must_be_done(trainer):
             raise ValueError(
                 f"WeightPruning must reach sparsity {self.sparsity} at epoch {self.end_epoch}, got"
                 f" {self._reached():.4f} when the fit ended at epoch {trainer.current_epoch}: train for more epochs or"

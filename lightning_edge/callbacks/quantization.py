@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_edge.callbacks.base import CompressionCallback, is_trial, require_agreement
+from lightning_edge.callbacks.base import CompressionCallback, require_agreement
 from lightning_edge.surgery.quantization import CapturedNetwork, capture_
 from lightning_edge.surgery.selection import find_network
 
@@ -119,7 +119,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise if the fit ended before quantization started."""
-        if self._captured is None and not is_trial(trainer):
+        if self._captured is None and self.must_be_done(trainer):
             raise ValueError(
                 f"QuantizationAwareTraining must start at epoch {self.start_epoch}, got a fit that ended at epoch"
                 f" {trainer.current_epoch}: train for more epochs or start earlier"

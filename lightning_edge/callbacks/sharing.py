@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, is_trial, require_agreement, state_tensors
+from lightning_edge.callbacks.base import CompressionCallback, require_agreement, state_tensors
 from lightning_edge.functional.sharing import Init, check_init
 from lightning_edge.surgery.selection import find_network
 from lightning_edge.surgery.sharing import (
@@ -136,7 +136,7 @@ class WeightSharing(CompressionCallback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise if the fit ended before the last clustering."""
-        if self._shared_at != self.at_epochs[-1] and not is_trial(trainer):
+        if self._shared_at != self.at_epochs[-1] and self.must_be_done(trainer):
             raise ValueError(
                 f"WeightSharing must cluster at epochs {list(self.at_epochs)}, got a fit that ended at epoch"
                 f" {trainer.current_epoch} with the last clustering at {self._shared_at}: train longer or share earlier"

@@ -64,7 +64,7 @@ def fold_(graph_module: GraphModule, pairs: Mapping[str, str]) -> None:
         quantizer.args = (constant,)
         with graph.inserting_before(layer):
             constant = new_constant(graph_module, f"{weight.removesuffix('weight')}bias_folded", offset)
-        layer.update_arg(2, constant)
+        layer.args = (*layer.args[:2], constant, *layer.args[3:])  # tracing leaves out a bias that is None
         norm.replace_all_uses_with(layer)
     eliminate_dead_code_(graph_module)
 

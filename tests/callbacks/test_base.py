@@ -52,3 +52,10 @@ def test_tests_with_a_checkpoint_need_no_fit(fit, tmp_path, task_class, digits_l
     result = trainer.test(Tested(), digits_loaders()[1], ckpt_path=checkpoint, verbose=False)
     assert result == [{"zeros": 0.5}]
     assert torch.load(checkpoint, weights_only=True)["state_dict"]["model.7.weight"].eq(0).float().mean() == 0.5
+
+
+def test_a_second_fit_that_has_nothing_left_to_train_is_no_failure(fit, digits_loaders):
+    task, trainer = fit(WeightPruning(0.5, end_epoch=1), epochs=2)
+    before = task.model[7].weight.detach().clone()
+    trainer.fit(task, *digits_loaders())
+    assert torch.equal(task.model[7].weight, before)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lightning_edge import ExportArtifacts, QuantizationAwareTraining, WeightPruning, WeightSharing, load_artifact
 from lightning_edge.artifact import inspect
@@ -96,3 +97,25 @@ def test_a_missing_executorch_is_said_before_any_training(fit, tmp_path, monkeyp
 def test_bad_arguments_fail_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
         ExportArtifacts("out", **arguments)
+
+
+def test_a_network_of_two_inputs_is_refused_with_what_to_do(fit, tmp_path, task_class):
+    class Two(task_class):
+        def __init__(self):
+            super().__init__()
+
+            class Sum(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.fc = nn.Linear(64, 10)
+
+                def forward(self, first, second):
+                    return self.fc(first.flatten(1) + second.flatten(1))
+
+            self.model = Sum()
+
+        def forward(self, x):
+            return self.model(x, x)
+
+    with pytest.raises(ValueError, match="network must take what a validation batch has first as its only input"):
+        fit(ExportArtifacts(tmp_path / "out"), task=Two(), epochs=1)

@@ -448,3 +448,12 @@ def test_the_plain_graph_has_no_batch_norm_and_the_networks_own_weights(network,
     torch.testing.assert_close(graph(images), network(images), rtol=1e-4, atol=1e-5)
     assert graph.conv1.weight is network.conv1.weight
     assert not graph.graph.find_nodes(op="call_function", target=ATEN.batch_norm.default)
+
+
+def test_a_pointwise_convolution_whose_arguments_are_all_defaults_is_converted(images):
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 10))
+    captured = capture_(small, (images,))
+    small(images)
+    small.eval()
+    torch.testing.assert_close(captured.convert()(images), small(images), atol=0.1, rtol=0.1)
