@@ -211,6 +211,8 @@ def _are_rows(values: Sequence[Any]) -> bool:
 def _cell(value: Any) -> str:
     if isinstance(value, tuple | list):
         return " x ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

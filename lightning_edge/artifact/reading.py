@@ -57,6 +57,16 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class SectionInfo:
+    """One section of a packed file: what it holds, where it lies, and its checksum in hexadecimal."""
+
+    name: str
+    offset: int
+    size_bytes: int
+    crc32: str
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What is in a packed file: its sections and tensors, sizes in bytes."""
 
@@ -65,7 +75,7 @@ class Inspection:
     tool_version: str
     recipe_hash: str
     graph_bytes: int
-    sections: tuple[Section, ...]
+    sections: tuple[SectionInfo, ...]
     tensors: tuple[TensorInfo, ...]
 
 
@@ -162,8 +172,8 @@ def inspect(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Inspection:
             )
         )
     size = Path(path).stat().st_size
-    sections = tuple(contents.sections)
-    graph_bytes = next(section.size for section in sections if section.kind == INDEX)
+    sections = tuple(SectionInfo(s.name, s.offset, s.size, f"{s.crc32:08x}") for s in contents.sections)
+    graph_bytes = next(section.size for section in contents.sections if section.kind == INDEX)
     return Inspection(str(path), size, contents.tool_version, contents.recipe_hash, graph_bytes, sections, tuple(rows))
 
 
