@@ -55,7 +55,7 @@ def test_a_report_states_the_bytes_that_are_in_the_file(tmp_path):
     ]
     assert sum(section.size_bytes for section in inspection.sections) + 37 == report.size_bytes
     assert report.graph_bytes == inspection.graph_bytes
-    assert inspection.sections[2].size == sum(row.size_bytes for row in report.tensors)
+    assert inspection.sections[2].size_bytes == sum(row.size_bytes for row in report.tensors)
     assert (inspection.tool_version, inspection.recipe_hash) == (lightning_edge.__version__, "abc")
 
 
