@@ -15,18 +15,23 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lightning_edge.artifact import load_artifact, pack, unpack
+    from lightning_edge.callbacks.channels import ChannelPruning
     from lightning_edge.callbacks.export import ExportArtifacts
     from lightning_edge.callbacks.pruning import WeightPruning
     from lightning_edge.callbacks.quantization import QuantizationAwareTraining
     from lightning_edge.callbacks.resume import ExactResume
     from lightning_edge.callbacks.sharing import WeightSharing
     from lightning_edge.export import export
+    from lightning_edge.surgery.channels import slim_channels_
+    from lightning_edge.surgery.deadunits import remove_dead_units_
     from lightning_edge.surgery.pruning import prune_
+    from lightning_edge.surgery.sensitivity import sensitivity
     from lightning_edge.surgery.sharing import share_weights_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChannelPruning",
     "ExactResume",
     "ExportArtifacts",
     "QuantizationAwareTraining",
@@ -37,11 +42,15 @@ __all__ = [
     "load_artifact",
     "pack",
     "prune_",
+    "remove_dead_units_",
+    "sensitivity",
     "share_weights_",
+    "slim_channels_",
     "unpack",
 ]
 
 _HOMES = {
+    "ChannelPruning": "callbacks.channels",
     "ExactResume": "callbacks.resume",
     "ExportArtifacts": "callbacks.export",
     "QuantizationAwareTraining": "callbacks.quantization",
@@ -50,7 +59,10 @@ _HOMES = {
     "load_artifact": "artifact",
     "pack": "artifact",
     "prune_": "surgery.pruning",
+    "remove_dead_units_": "surgery.deadunits",
+    "sensitivity": "surgery.sensitivity",
     "share_weights_": "surgery.sharing",
+    "slim_channels_": "surgery.channels",
     "unpack": "artifact",
 }
 

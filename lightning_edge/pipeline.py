@@ -29,7 +29,7 @@ from lightning_edge.report import (
     write_report,
 )
 from lightning_edge.surgery.quantization import CapturedNetwork
-from lightning_edge.surgery.selection import find_network
+from lightning_edge.surgery.selection import find_network, network_path
 
 _BASELINE, _LAST = "baseline.ckpt", "last.ckpt"
 
@@ -134,13 +134,20 @@ def _fit(
 
 
 def _load(model: L.LightningModule, checkpoint: Path) -> L.LightningModule:
+    """Load a Lightning checkpoint, or the plain weights of the network, as a model zoo publishes them."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     try:
-        model.load_state_dict(state["state_dict"])
-    except (KeyError, RuntimeError) as error:
+        weights = state.get("state_dict", state)
+        if not weights.keys() & model.state_dict().keys():
+            # Written by DataParallel, or without a LightningModule around the network.
+            path = network_path(model)
+            weights = {f"{path}.{name.removeprefix('module.')}" if path else name: w for name, w in weights.items()}
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"baseline must be a checkpoint of {type(model).__name__} with this model, got {checkpoint}: {reason}"
+            f"baseline must be a checkpoint of {type(model).__name__} with this model, or the weights of its network,"
+            f" got {checkpoint}: {reason}"
         ) from error
     return model.eval()
 
@@ -165,7 +172,7 @@ def _report(
     data.setup("test")
     _say(f"measuring {len(files)} files on the test data")
     measured = measure_artifacts(files, loader=data.test_dataloader(), example_inputs=example, threads=1)
-    sizes = {"dense": footprint(dense_network, example), "compressed": footprint(network, example)}
+    sizes = {"dense": footprint(dense_network, example), "compressed": footprint(exported.exported or network, example)}
     rows = []
     for name, measurement in measured.items():
         verification = exported.verifications.get(name)
@@ -191,11 +198,18 @@ def _report(
         artifacts=tuple(rows[1:]),
         layers=sizes["compressed"],
         history=(*_history(folder / _BASELINE, "dense"), *_history(folder / _LAST, "compression")),
-        notes=(f"recipe {exported.recipe_hash}, seed {cfg.seed}",),
+        notes=(f"recipe {exported.recipe_hash}, seed {cfg.seed}", *_dead_units(exported)),
     )
     write_report(report, folder)
     print_table(report)
     _say(f"{folder / 'report.html'} has the plots")
+
+
+def _dead_units(exported: ExportArtifacts) -> list[str]:
+    if exported.dead_units is None or not exported.dead_units.count:
+        return []
+    each = ", ".join(f"{name} {count}" for name, count in exported.dead_units.removed.items())
+    return [f"{exported.dead_units.count} dead units were removed before the export: {each}"]
 
 
 def _label(suffix: str, mac_type: MacType) -> str:

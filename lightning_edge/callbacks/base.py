@@ -32,6 +32,7 @@ class CompressionCallback(L.Callback):
     """Techniques that may not change the network any more from :meth:`fixes_at` on."""
     network: str | None = None
     _resumed = _trained = False
+    _steps_per_epoch = math.inf
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise a ValueError if the callback cannot do its work on ``network`` within ``max_epochs``."""
@@ -64,22 +65,33 @@ class CompressionCallback(L.Callback):
         max_epochs = math.inf if is_trial(trainer) or trainer.max_epochs in (None, -1) else trainer.max_epochs
         assert max_epochs is not None
         self.check(find_network(pl_module, self.network), max_epochs=max_epochs)
-        if self is _compressing(trainer)[0]:
-            check_order(_compressing(trainer))
+        if self is compressing(trainer)[0]:
+            check_order(compressing(trainer))
             _warn_of_early_choices(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when a resumed run will draw another data order than the run that it goes on from."""
         exact = any(isinstance(callback, ExactResume) for callback in _callbacks(trainer))
-        if self._resumed and not exact and self is _compressing(trainer)[0]:
+        if self._resumed and not exact and self is compressing(trainer)[0]:
             rank_zero_warn(
                 "This run is resumed without ExactResume(): Lightning restores no random states, so data order,"
                 " augmentation and dropout differ from the uninterrupted run. Add ExactResume() to the callbacks."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Know a fit that trains from one whose trainer has already finished."""
+        """Know a fit that trains from one whose trainer has already finished, and how many steps an epoch has."""
         self._trained = True
+        if is_trial(trainer) or trainer.max_epochs in (None, -1):
+            return
+        assert trainer.max_epochs is not None
+        steps = trainer.estimated_stepping_batches
+        self.check_steps(steps)
+        self._steps_per_epoch = steps / max(trainer.max_epochs, 1)
+        if self is compressing(trainer)[-1]:
+            check_order(compressing(trainer))  # schedules of steps have their epochs only now
+
+    def check_steps(self, steps: float) -> None:
+        """Raise a ValueError if the callback's schedule of optimizer steps does not end within ``steps``."""
 
     def must_be_done(self, trainer: L.Trainer) -> bool:
         """Return whether this fit had to reach the targets: not a trial run, nor one that had nothing left to train."""
@@ -104,7 +116,8 @@ class CompressionCallback(L.Callback):
 def check_order(callbacks: Iterable[CompressionCallback]) -> None:
     """Refuse orders in which one technique undoes another.
 
-    * Pruning ends before sharing begins: a weight that is pruned later would leave its cluster, and come back with it.
+    * Pruning, of weights and of channels, ends before sharing begins: a weight that is pruned later would leave its
+      cluster, and come back with it.
     * Observers freeze after the last change of the network: they would keep the ranges of another network.
 
     At one and the same epoch the order of the list decides.
@@ -170,12 +183,13 @@ def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def _compressing(trainer: L.Trainer) -> list[CompressionCallback]:
+def compressing(trainer: L.Trainer) -> list[CompressionCallback]:
+    """Return the compression callbacks of a trainer, in their order."""
     return [callback for callback in _callbacks(trainer) if isinstance(callback, CompressionCallback)]
 
 
 def _warn_of_early_choices(trainer: L.Trainer) -> None:
-    last = max(callback.decisions()[1] for callback in _compressing(trainer))
+    last = max(callback.decisions()[1] for callback in compressing(trainer))
     for callback in _callbacks(trainer):
         if isinstance(callback, EarlyStopping):
             rank_zero_warn(

@@ -1,5 +1,6 @@
 """Write the files that ship, and run each before the fit is called a success."""
 
+import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from lightning_edge.artifact import load_artifact
 from lightning_edge.export import export
 from lightning_edge.export.verification import ArtifactMismatchError, Verification, verify
+from lightning_edge.surgery.deadunits import DeadUnitsReport, remove_dead_units_
+from lightning_edge.surgery.quantization import CapturedNetwork
 from lightning_edge.surgery.selection import find_network
 
 FORMATS = ("edge", "onnx", "pte")
@@ -22,16 +25,19 @@ FORMATS = ("edge", "onnx", "pte")
 class ExportArtifacts(L.Callback):
     """Export the trained network at the end of the fit, and check every file in the runtime that will run it.
 
-    On rank zero each file is written into a folder that holds it alone, run there on the whole validation data, and
-    compared with the trained module; only then is it moved to ``folder``. A file that disagrees stays beside it as
-    ``NAME.rejected.SUFFIX``, and every rank raises. A run that is resumed from its finished checkpoint exports again,
-    to the same bytes.
+    Units that pruning left without an input or without an output are removed first, from a copy of the network: weight
+    pruning too ends in a smaller and faster file. On rank zero each file is written into a folder that holds it alone,
+    run there on the whole validation data, and compared with the trained module; only then is it moved to ``folder``. A
+    file that disagrees stays beside it as ``NAME.rejected.SUFFIX``, and every rank raises. A run that is resumed from
+    its finished checkpoint exports again, to the same bytes.
 
     Args:
         folder: Where ``NAME.SUFFIX`` of each format goes; made when missing.
         formats: ``"edge"`` (packed), ``"onnx"`` (onnxruntime), ``"pte"`` (ExecuTorch, needs the extra ``executorch``).
         name: Name of the files without suffix.
         min_agreement: Smallest fraction of validation rows whose label must be that of the trained module, in [0, 1].
+        remove_dead_units: Remove dead units before the export; see ``remove_dead_units_``. A network under
+            quantization-aware training keeps them.
         recipe_hash: What the packed file says about the settings that made it.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
 
@@ -50,6 +56,7 @@ class ExportArtifacts(L.Callback):
         formats: Sequence[str] = ("edge", "onnx"),
         name: str = "model",
         min_agreement: float = 0.99,
+        remove_dead_units: bool = True,
         recipe_hash: str = "",
         network: str | None = None,
     ) -> None:
@@ -60,6 +67,11 @@ class ExportArtifacts(L.Callback):
             raise ValueError(f"min_agreement must lie in [0, 1], a fraction of the rows, got {min_agreement}")
         self.folder, self.formats, self.name = Path(folder), tuple(formats), name
         self.min_agreement, self.recipe_hash, self.network = min_agreement, recipe_hash, network
+        self.remove_dead_units = remove_dead_units
+        self.dead_units: DeadUnitsReport | None = None
+        """After the fit, on rank zero: which units were removed before the export."""
+        self.exported: nn.Module | None = None
+        """After the fit, on rank zero: the network that the files hold."""
         self.verifications: dict[str, Verification] = {}
         """After the fit, on rank zero: how each format compared with the trained module."""
 
@@ -111,10 +123,22 @@ class ExportArtifacts(L.Callback):
                     " example_inputs=...)"
                 ) from error
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.exported = self._alive(network, example)
             for suffix in self.formats:
                 self._export_one(suffix, trainer, pl_module, example)
         finally:
             network.train(was_training)
+
+    def _alive(self, network: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
+        """Return a copy of the network without its dead units."""
+        if not self.remove_dead_units or isinstance(vars(network).get("forward"), CapturedNetwork):
+            return network
+        alive = copy.deepcopy(network)
+        with torch.enable_grad():  # tracing needs it
+            self.dead_units = remove_dead_units_(alive, example_inputs=tuple(value[:2] for value in example))
+        if self.dead_units.count:
+            rank_zero_info(f"dead units removed: {self.dead_units.count}, {dict(self.dead_units.removed)}")
+        return alive
 
     def _export_one(
         self, suffix: str, trainer: L.Trainer, pl_module: L.LightningModule, example: tuple[Tensor, ...]
@@ -122,7 +146,8 @@ class ExportArtifacts(L.Callback):
         network = find_network(pl_module, self.network)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as alone:
             path = Path(alone) / f"{self.name}.{suffix}"
-            export(network, path, example_inputs=example, recipe_hash=self.recipe_hash)
+            assert self.exported is not None
+            export(self.exported, path, example_inputs=example, recipe_hash=self.recipe_hash)
             verification = verify(load_artifact(path), network, self._inputs(trainer, pl_module))
             try:
                 verification.check(path.name, min_agreement=self.min_agreement)

@@ -9,34 +9,65 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_edge.callbacks.base import CompressionCallback, require_agreement, state_tensors
-from lightning_edge.functional.pruning import pruned_count
-from lightning_edge.functional.schedules import Schedule, find_schedule, progress_at
-from lightning_edge.surgery.pruning import Scope, apply_masks_, check_scope, check_sparsity, prune_
-from lightning_edge.surgery.selection import find_network, select_weights
+from lightning_edge.callbacks.inputs import NetworkInputs
+from lightning_edge.callbacks.projection import Projection
+from lightning_edge.callbacks.timing import Clock
+from lightning_edge.functional import scores as score_functions
+from lightning_edge.functional.regrowth import REGROWTHS, RigL, Splicing, exchanged_mask
+from lightning_edge.functional.schedules import Schedule
+from lightning_edge.surgery.pruning import (
+    Scope,
+    Score,
+    Sparsity,
+    Target,
+    apply_masks_,
+    check_score,
+    synflow_masks,
+    weight_scores,
+)
+from lightning_edge.surgery.selection import find_network
+
+Regrowth = RigL | Splicing
+_ACCUMULATED = {"taylor": score_functions.taylor, "movement": score_functions.movement}
 
 
 class WeightPruning(CompressionCallback):
-    """Set the smallest weights to zero, step by step, and keep them there.
+    """Set the least important weights to zero, step by step, and keep them there.
 
-    At the start of every epoch from ``start_epoch`` to ``end_epoch`` the schedule says how many weights are zero, and
-    the weights of least magnitude become so. After every optimizer step the masks are applied again, so that neither
+    From ``start_epoch`` to ``end_epoch`` (or ``start_step`` to ``end_step``) the schedule says how many weights are
+    zero, and those of least score become so. After every optimizer step the masks are applied again, so that neither
     momentum nor weight decay revives a weight. The zeros are in the weights themselves: checkpoints stay those of the
     plain network.
 
     Args:
-        sparsity: Final fraction of zeros among the selected weights, in [0, 1); reached exactly, in count.
+        sparsity: Final fraction of zeros among the selected weights, in [0, 1); reached exactly, in count. Or a mapping
+            from layer names or globs to that of their layers; see ``prune_``.
         start_epoch: Zero-based epoch of the first decision.
         end_epoch: Epoch at whose start the target is reached; the default is ``start_epoch``, one decision.
-        schedule: ``"cubic"`` (Zhu and Gupta 2017), ``"linear"``, ``"one_shot"``, or a function from progress in [0, 1]
-            to the reached fraction of ``sparsity``.
-        scope: ``"global"`` compares all selected weights with each other, ``"layer"`` prunes each layer alike.
+        start_step: Instead of epochs: optimizer step (``global_step``) of the first decision.
+        end_step: Optimizer step at which the target is reached; the default is ``start_step``.
+        every: Epochs or steps from one decision to the next.
+        schedule: ``"cubic"`` (Zhu and Gupta 2017), ``"linear"``, ``"exponential"``, ``"cosine"``, ``"multi_step"``,
+            ``"ramp"``, ``"one_shot"``, an object of ``functional.schedules``, or a function from progress in [0, 1] to
+            the reached fraction of the target.
+        scope: ``"global"``, ``"layer"`` or ``"erk"``; see ``prune_``.
+        pattern: ``"unstructured"``, N:M such as ``"2:4"``, or blocks such as ``"1x4"``; see ``prune_``.
+        score: ``"magnitude"``; ``"taylor"``, the sum of |w g| over the steps since the last decision; ``"movement"``,
+            the sum of -w g over all steps; ``"snip"``, |w g| of the first step at ``start``; ``"synflow"``;
+            ``"random"``; or a function from a weight to its importance. See ``prune_``.
+        min_kept: Weights that every layer keeps at least, a number or a fraction.
+        regrowth: ``RigL(...)`` or ``Splicing()`` of ``functional.regrowth``: lets pruned weights come back.
+        rewind_step: After every decision, put all parameters and buffers back to their values at this optimizer step
+            and clear the optimizers' states (Frankle et al. 2019, arXiv:1903.01611); None: go on from where they are.
+            The learning rate is not rewound.
         include: Layers to prune, globs over qualified names or class names; default: every linear and convolution.
         exclude: Layers to leave alone.
+        seed: Of ``score="random"``; the same on every rank.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
 
     Raises:
-        ValueError: If an argument is out of its range; at ``setup``, if a pattern matches nothing or ``end_epoch`` lies
-            past ``max_epochs``; at the end of the fit, if the target was not reached.
+        ValueError: If an argument is out of its range; at ``setup``, if a pattern matches nothing or the schedule ends
+            after the fit; at the end of the fit, if the target was not reached.
 
     >>> WeightPruning(sparsity=0.9, start_epoch=0, end_epoch=12).sparsity_at(6)
     0.7875
@@ -47,26 +78,54 @@ class WeightPruning(CompressionCallback):
 
     def __init__(
         self,
-        sparsity: float,
+        sparsity: Sparsity,
         *,
         start_epoch: int = 0,
         end_epoch: int | None = None,
+        start_step: int | None = None,
+        end_step: int | None = None,
+        every: int = 1,
         schedule: str | Schedule = "cubic",
         scope: Scope = "global",
+        pattern: str = "unstructured",
+        score: str | Score = "magnitude",
+        min_kept: int | float = 1,
+        regrowth: Regrowth | None = None,
+        rewind_step: int | None = None,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        seed: int = 0,
         network: str | None = None,
     ) -> None:
-        self.sparsity = check_sparsity(sparsity)
-        if self.sparsity == 0.0:
+        plain = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
+        self.target = Target(plain, scope=scope, pattern=pattern, min_kept=min_kept)
+        if not any(plain.values() if isinstance(plain, dict) else [plain]):
             raise ValueError("sparsity must be above 0 for a callback that prunes, got 0: it would change nothing")
-        self.start_epoch = start_epoch
-        self.end_epoch = start_epoch if end_epoch is None else end_epoch
-        if not 0 <= self.start_epoch <= self.end_epoch:
-            raise ValueError(f"end_epoch must be at least start_epoch >= 0, got {start_epoch} and {end_epoch}")
-        self.schedule = find_schedule(schedule)
-        self.scope = check_scope(scope)
+        self.clock = Clock.of(
+            schedule,
+            start_epoch=start_epoch,
+            end_epoch=end_epoch,
+            start_step=start_step,
+            end_step=end_step,
+            every=every,
+        )
+        self.score = check_score(score)
+        if score in _ACCUMULATED and self.clock.timeline.start == 0:
+            raise ValueError(
+                f"score {score!r} must see gradients before the first decision, got a schedule that starts at 0: take"
+                " start_epoch=1, or start_step=100"
+            )
+        if score in ("snip", "synflow") and self.clock.count > 1:
+            raise ValueError(f"score {score!r} must be used once, got {self.clock.count} decisions: leave the end away")
+        if regrowth is not None and not isinstance(regrowth, REGROWTHS):
+            raise ValueError(f"regrowth must be RigL(...), Splicing() or None, got {regrowth!r}")
+        if regrowth is not None and pattern != "unstructured":
+            raise ValueError(f"regrowth must be None with pattern {pattern!r}, which it would break, got {regrowth!r}")
+        if rewind_step is not None and rewind_step < 0:
+            raise ValueError(f"rewind_step must be at least 0, got {rewind_step}")
+        self.regrowth, self.rewind_step = regrowth, rewind_step
         self.include, self.exclude, self.network = tuple(include), tuple(exclude), network
+        self.seed = seed
         self.reset()
 
     @property
@@ -74,60 +133,95 @@ class WeightPruning(CompressionCallback):
         """Key of the state in a checkpoint: two callbacks for different layers keep apart."""
         return self._generate_state_key(include=self.include, exclude=self.exclude, network=self.network)
 
-    def sparsity_at(self, epoch: int) -> float:
-        """Return the fraction of zeros that the schedule asks for at the start of ``epoch``."""
-        if epoch < self.start_epoch:
-            return 0.0
-        return self.sparsity * self.schedule(progress_at(epoch, start=self.start_epoch, end=self.end_epoch))
+    def sparsity_at(self, time: int) -> float:
+        """Return the fraction of zeros that the schedule asks for from the decision at ``time`` on.
+
+        Raises:
+            ValueError: If every layer has a sparsity of its own.
+        """
+        if isinstance(self.target.sparsity, Mapping):
+            raise ValueError("sparsity must be one number for sparsity_at, got a mapping")
+        return self.target.sparsity * self.clock.progress(time)
 
     def decisions(self) -> tuple[int, int]:
-        """Return the first and the last epoch at whose start weights are pruned."""
-        return self.start_epoch, self.end_epoch
+        """Return the first and the last epoch in which the masks change."""
+        first, last = self.clock.epochs(self._steps_per_epoch)
+        if isinstance(self.regrowth, RigL):
+            last = max(last, int(self.regrowth.end_step // self._steps_per_epoch))
+        return first, last
 
     def reset(self) -> None:
-        """Forget the masks of an earlier fit."""
+        """Forget an earlier fit."""
         super().reset()
         self._masks: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor] = {}
+        self._hidden: dict[str, Tensor] = {}
+        self._early: dict[str, Tensor] = {}
+        self._done = 0
+        self._inputs = NetworkInputs()
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise unless the patterns match and the schedule ends within the fit."""
-        select_weights(network, include=self.include, exclude=self.exclude)
-        if self.end_epoch >= max_epochs:
-            raise ValueError(f"end_epoch must be below max_epochs={max_epochs:g} (zero-based), got {self.end_epoch}")
+        self.target.check(network, include=self.include, exclude=self.exclude)
+        self.clock.check_epochs(max_epochs)
+
+    def check_steps(self, steps: float) -> None:
+        """Raise unless the schedule of steps ends within the fit."""
+        self.clock.check_steps(steps)
+        if isinstance(self.regrowth, RigL) and self.regrowth.end_step > steps:
+            raise ValueError(f"end_step of RigL must be at most {steps:g}, the steps of the fit, got {self.regrowth}")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the masks of a resumed run, and apply masks after every step of every optimizer."""
         super().on_fit_start(trainer, pl_module)
-        if self._masks:
-            self._masks = state_tensors("WeightPruning", self._masks, self._weights(pl_module))
-        projection = _Projection(self._weights(pl_module))
-        self._projection = projection
-        projection.masks = self._masks
+        weights = self._weights(pl_module)
+        for kept in (self._masks, self._scores, self._hidden):
+            if kept:
+                kept.update(state_tensors("WeightPruning", kept, weights))
+        self._projection = Projection(self._hidden if isinstance(self.regrowth, Splicing) else None)
+        self._projection.set_masks(weights, self._masks)
         for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(projection)
+            optimizer.register_step_post_hook(self._projection)
+        if self.score == "synflow":
+            self._inputs.watch(find_network(pl_module, self.network))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune what the schedule asks for."""
-        if self.start_epoch <= trainer.current_epoch <= self.end_epoch:
-            report = prune_(
-                find_network(pl_module, self.network),
-                sparsity=self.sparsity_at(trainer.current_epoch),
-                scope=self.scope,
-                include=self.include,
-                exclude=self.exclude,
-            )
-            self._masks = dict(report.masks)
-            self._projection.masks = self._masks
-            require_agreement(trainer, self._masks.values(), what="the pruning masks")
-            for network in self.networks(trainer, pl_module):
-                apply_masks_(dict(network.named_parameters()), self._masks)
-        if self._masks:
-            pl_module.log("pruning/sparsity", self._reached(), on_epoch=True, sync_dist=True)
+        """Prune what a schedule of epochs asks for."""
+        if not self.clock.in_steps and (self.score != "synflow" or self._inputs):
+            self._decide(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune what a schedule of steps asks for; remember the weights to rewind to."""
+        if self.rewind_step is not None and trainer.global_step >= self.rewind_step and not self._early:
+            network = find_network(pl_module, self.network)
+            self._early = {name: value.detach().clone() for name, value in network.state_dict().items()}
+        if self.score == "synflow":
+            self._inputs.take_from(pl_module, batch)
+        if self.clock.in_steps or self.score == "synflow":
+            self._decide(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Leave pruned weights out of the norm that gradient clipping takes."""
-        if trainer.gradient_clip_val:
+        """Read the gradients for scores and regrowth; leave pruned weights out of the norm that clipping takes."""
+        accumulate = _ACCUMULATED.get(self.score) if isinstance(self.score, str) else None
+        if accumulate is not None and self._done < self.clock.count:
+            for name, weight in _stepped(self._weights(pl_module), optimizer).items():
+                assert weight.grad is not None
+                score = accumulate(weight, weight.grad)
+                self._scores[name] = self._scores[name].add_(score) if name in self._scores else score
+        if self.score == "snip":
+            self._decide(trainer, pl_module, gradients=True)
+        if isinstance(self.regrowth, RigL) and self._masks:
+            self._exchange(trainer, pl_module, optimizer)
+        # A weight that learns out of sight needs its gradient.
+        if trainer.gradient_clip_val and not isinstance(self.regrowth, Splicing):
             self._projection.mask_gradients()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the reached sparsity."""
+        if self._masks:
+            pl_module.log("pruning/sparsity", self._reached(), on_epoch=True, sync_dist=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise if the fit ended before the target."""
@@ -135,61 +229,113 @@ class WeightPruning(CompressionCallback):
         if self._masks:
             # The product of a negative weight and its mask is -0.0, a second zero to every coder.
             apply_masks_(weights, {name: mask.to(weights[name].device) for name, mask in self._masks.items()})
-        if self._reached() != self._final() and self.must_be_done(trainer):
+        if self._done < self.clock.count and self.must_be_done(trainer):
+            timeline = self.clock.timeline
             raise ValueError(
-                f"WeightPruning must reach sparsity {self.sparsity} at epoch {self.end_epoch}, got"
-                f" {self._reached():.4f} when the fit ended at epoch {trainer.current_epoch}: train for more epochs or"
-                " end the schedule earlier"
+                f"WeightPruning must reach sparsity {self.target.sparsity} at {timeline.unit} {timeline.end}, got"
+                f" {self._reached():.4f} when the fit ended at epoch {trainer.current_epoch}, step"
+                f" {trainer.global_step}: train longer or end the schedule earlier"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks."""
-        return {"masks": {name: mask.clone() for name, mask in self._masks.items()}}
+        """Return the masks, and what scores, regrowth and rewinding have gathered."""
+        kept = {"masks": self._masks, "scores": self._scores, "hidden": self._hidden, "early": self._early}
+        state: dict[str, Any] = {key: {n: value.clone() for n, value in held.items()} for key, held in kept.items()}
+        return state | {"decisions": self._done, "inputs": self._inputs.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the masks over."""
+        """Take them over."""
         super().load_state_dict(state_dict)
-        self._masks = dict(state_dict["masks"])
+        self._masks, self._scores = dict(state_dict["masks"]), dict(state_dict["scores"])
+        self._hidden, self._early = dict(state_dict["hidden"]), dict(state_dict["early"])
+        self._done, self._inputs = state_dict["decisions"], NetworkInputs(state_dict["inputs"])
 
     def _weights(self, pl_module: L.LightningModule) -> dict[str, nn.Parameter]:
-        return select_weights(find_network(pl_module, self.network), include=self.include, exclude=self.exclude)
+        return self.target.select(find_network(pl_module, self.network), self.include, self.exclude)
+
+    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, *, gradients: bool = False) -> None:
+        """Choose new masks if a decision is due."""
+        time = self.clock.now(trainer)
+        taken = self.clock.taken_by(time)
+        if taken <= self._done or (self.score == "snip" and not gradients):
+            return
+        weights = self._weights(pl_module)
+        if self.score == "snip" and any(weight.grad is None for weight in weights.values()):
+            return  # the optimizer of other weights steps first
+        masks = self._choose(pl_module, weights, progress=self.clock.progress(time))
+        require_agreement(trainer, masks.values(), what="the pruning masks")
+        self._done = taken
+        if self.score == "taylor":
+            self._scores = {}
+        changed = not self._masks or any(not torch.equal(mask, self._masks[name]) for name, mask in masks.items())
+        self._set_masks(trainer, pl_module, masks)
+        if changed and self.rewind_step is not None and self._early and trainer.global_step > self.rewind_step:
+            self._rewind(trainer, pl_module)
+
+    @torch.no_grad()
+    def _choose(
+        self, pl_module: L.LightningModule, weights: Mapping[str, nn.Parameter], *, progress: float
+    ) -> dict[str, Tensor]:
+        if self.score == "synflow":
+            return synflow_masks(
+                find_network(pl_module, self.network), self.target, weights, self._inputs.example(pl_module.device)
+            )
+        if self.score in _ACCUMULATED:
+            scores = {name: self._scores.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
+        else:
+            # What is hidden is zero where a weight is not, and the other way round.
+            seen = {name: weight + self._hidden[name] if self._hidden else weight for name, weight in weights.items()}
+            for name, weight in weights.items():
+                seen[name].grad = weight.grad
+            # One and the same draw for every decision: random masks grow, they do not wander.
+            scores = weight_scores(seen, self.score, generator=torch.Generator().manual_seed(self.seed))
+        return self.target.masks(scores, progress=progress)
+
+    @torch.no_grad()
+    def _set_masks(self, trainer: L.Trainer, pl_module: L.LightningModule, masks: dict[str, Tensor]) -> None:
+        weights = self._weights(pl_module)
+        if isinstance(self.regrowth, Splicing):
+            for name, weight in weights.items():
+                hidden = self._hidden.setdefault(name, torch.zeros_like(weight))
+                whole = weight + hidden
+                weight.copy_(whole)
+                hidden.copy_(whole.masked_fill_(masks[name], 0.0))
+        self._masks = masks
+        self._projection.set_masks(weights, masks)
+        for network in self.networks(trainer, pl_module):
+            apply_masks_(dict(network.named_parameters()), masks)
+
+    @torch.no_grad()
+    def _exchange(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Drop the smallest connections of each layer and grow as many of large gradient; they start at zero."""
+        assert isinstance(self.regrowth, RigL)
+        fraction = self.regrowth.fraction_at(trainer.global_step)
+        if not fraction:
+            return
+        masks = dict(self._masks)
+        for name, weight in _stepped(self._weights(pl_module), optimizer).items():
+            assert weight.grad is not None
+            masks[name] = exchanged_mask(weight, weight.grad, self._masks[name], fraction=fraction)
+            fresh = masks[name] & ~self._masks[name]
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.masked_fill_(fresh, 0.0)  # gathered while the connection was not there
+        require_agreement(trainer, masks.values(), what="the pruning masks")
+        self._set_masks(trainer, pl_module, masks)
+
+    def _rewind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        network = find_network(pl_module, self.network)
+        network.load_state_dict(self._early)
+        apply_masks_(dict(network.named_parameters()), self._masks)
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
 
     def _reached(self) -> float:
         size = sum(mask.numel() for mask in self._masks.values())
         return 1.0 - sum(int(mask.sum()) for mask in self._masks.values()) / size if size else 0.0
 
-    def _final(self) -> float:
-        sizes = [mask.numel() for mask in self._masks.values()]
-        if not sizes:
-            return self.sparsity
-        zeros = pruned_count(sum(sizes), self.sparsity)
-        if self.scope == "layer":
-            zeros = sum(pruned_count(size, self.sparsity) for size in sizes)
-        return 1.0 - (sum(sizes) - zeros) / sum(sizes)
 
-
-class _Projection:
-    """Sets pruned weights to zero after a step: one fused product over all of them."""
-
-    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
-        self._weights = weights
-        self._factors: list[Tensor] = []
-        self._chosen: list[Tensor] = []
-
-    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        self._chosen = [self._weights[name] for name in masks]
-        # Factors of the weights' own type: a product with them is four times as fast as one with booleans.
-        self._factors = [mask.to(self._weights[name].dtype) for name, mask in masks.items()]
-
-    masks = property(None, _set_masks)
-
-    @torch.no_grad()
-    def __call__(self, *_: Any) -> None:
-        if self._factors:
-            torch._foreach_mul_(self._chosen, self._factors)
-
-    @torch.no_grad()
-    def mask_gradients(self) -> None:
-        pairs = [(w.grad, f) for w, f in zip(self._chosen, self._factors, strict=True) if w.grad is not None]
-        if pairs:
-            torch._foreach_mul_([grad for grad, _ in pairs], [factor for _, factor in pairs])
+def _stepped(weights: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Return the weights with a gradient that an optimizer is about to change."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: weight for name, weight in weights.items() if id(weight) in own and weight.grad is not None}

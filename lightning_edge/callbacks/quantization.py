@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.callbacks.base import CompressionCallback, require_agreement
+from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.surgery.quantization import CapturedNetwork, capture_
 from lightning_edge.surgery.selection import find_network
 
@@ -35,7 +36,7 @@ class QuantizationAwareTraining(CompressionCallback):
     """
 
     technique: ClassVar[str] = "quantization"
-    follows: ClassVar[tuple[str, ...]] = ("pruning", "sharing")
+    follows: ClassVar[tuple[str, ...]] = ("pruning", "channels", "sharing")
 
     def __init__(
         self, start_epoch: int, *, freeze_observers_epoch: int | None = None, network: str | None = None
@@ -67,7 +68,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """Forget the network of an earlier fit."""
         super().reset()
         self._captured: CapturedNetwork | None = None
-        self._inputs: list[tuple[list[int], str]] = []
+        self._inputs = NetworkInputs()
         self._observers: dict[str, Tensor] | None = None
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
@@ -80,9 +81,8 @@ class QuantizationAwareTraining(CompressionCallback):
         """Go on from the observers of a resumed run; else see what the network's inputs look like."""
         super().on_fit_start(trainer, pl_module)
         self._resume(pl_module)
-        if self._captured is None and not self._inputs:
-            network = find_network(pl_module, self.network)
-            self._first_forward = network.register_forward_pre_hook(self._see_inputs)
+        if self._captured is None:
+            self._inputs.watch(find_network(pl_module, self.network))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the observers back when a checkpoint is validated; in a fit, agree on the ranges first."""
@@ -102,9 +102,7 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         """Capture the network before the first batch of ``start_epoch``, and freeze the observers when it is time."""
         if self._captured is None and trainer.current_epoch >= self.start_epoch:
-            if not self._inputs:  # no forward yet: quantized from the first batch on, without a sanity check
-                example = pl_module.example_input_array
-                self._remember(_first(batch) if example is None else example)
+            self._inputs.take_from(pl_module, batch)  # if nothing has run yet: from the first batch on, no sanity check
             self._capture(pl_module)
         frozen = trainer.current_epoch >= self.fixes_at()
         if self._captured is not None and frozen and not self._captured.observers_frozen:
@@ -129,14 +127,14 @@ class QuantizationAwareTraining(CompressionCallback):
         """Return the observers' state and the shapes of the inputs; nothing before the start."""
         if self._captured is None:
             return {}
-        return {"observers": self._captured.observer_state(), "inputs": self._inputs}
+        return {"observers": self._captured.observer_state(), "inputs": self._inputs.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the observers until the network is where it will run."""
         super().load_state_dict(state_dict)
         self._captured = None  # of an earlier run of the trainer, maybe of another network
         self._observers = state_dict.get("observers")
-        self._inputs = [(list(shape), dtype) for shape, dtype in state_dict.get("inputs", [])]
+        self._inputs = NetworkInputs(state_dict.get("inputs", ()))
 
     def _resume(self, pl_module: L.LightningModule) -> None:
         if self._observers is not None and self._captured is None:
@@ -144,11 +142,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _capture(self, pl_module: L.LightningModule) -> None:
         network = find_network(pl_module, self.network)
-        # Capturing reads shapes and types alone; two rows, since a batch of one would become a constant of the graph.
-        inputs = tuple(
-            torch.zeros(2, *shape, dtype=getattr(torch, dtype), device=pl_module.device)
-            for shape, dtype in self._inputs
-        )
+        inputs = self._inputs.example(pl_module.device)  # capturing reads shapes and types alone
         installed = vars(network).get("forward")
         if isinstance(installed, CapturedNetwork):  # a second run of the same module
             self._captured = installed
@@ -157,20 +151,6 @@ class QuantizationAwareTraining(CompressionCallback):
         else:
             self._captured = capture_(network, inputs, observers=self._observers)
         self._observers = None
-
-    def _see_inputs(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._remember(inputs)
-        self._first_forward.remove()
-
-    def _remember(self, inputs: Any) -> None:
-        """Keep shape (without the batch) and type of the network's inputs."""
-        tensors = inputs if isinstance(inputs, list | tuple) else [inputs]
-        if not tensors or not all(isinstance(value, Tensor) for value in tensors):
-            raise ValueError(
-                f"the network's inputs must be tensors, got {[type(value).__name__ for value in tensors]}: set"
-                " example_input_array of the LightningModule to the network's inputs"
-            )
-        self._inputs = [(list(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch.")) for tensor in tensors]
 
     def _synchronize(self, trainer: L.Trainer) -> None:
         """Take the smallest minimum and the largest maximum of all ranks, which see different data."""
@@ -181,8 +161,3 @@ class QuantizationAwareTraining(CompressionCallback):
         torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX)
         self._captured.set_ranges(low, high)
         require_agreement(trainer, self._captured.observer_state().values(), what="the ranges of the observers")
-
-
-def _first(batch: Any) -> Any:
-    """Return what a batch of (inputs, targets) has first; a batch that is a tensor is the input."""
-    return batch[0] if isinstance(batch, list | tuple) else batch

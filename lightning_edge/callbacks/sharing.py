@@ -50,7 +50,7 @@ class WeightSharing(CompressionCallback):
     """
 
     technique: ClassVar[str] = "sharing"
-    follows: ClassVar[tuple[str, ...]] = ("pruning",)
+    follows: ClassVar[tuple[str, ...]] = ("pruning", "channels")
 
     def __init__(
         self,

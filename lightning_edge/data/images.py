@@ -21,10 +21,11 @@ class ImageDataset(Dataset[Batch]):
     Args:
         images: uint8, shape (n, channels, height, width).
         labels: int64, shape (n,).
-        scale: Factor from a byte to the network's input.
-        offset: Added after scaling.
+        scale: Factor from a byte to the network's input; a number, or one for each channel.
+        offset: Added after scaling; as ``scale``.
         max_shift: Images are moved by up to so many pixels in each direction, zeros moving in. The shifts are drawn
             from torch's global generator, so that whoever restores its state gets the same images.
+        flip: Mirror half of the images, left to right; drawn from the same generator.
 
     >>> data = ImageDataset(torch.ones(3, 1, 2, 2, dtype=torch.uint8), torch.arange(3), scale=0.5)
     >>> data.__getitems__([2, 0])[1]
@@ -32,13 +33,21 @@ class ImageDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, *, scale: float, offset: float = 0.0, max_shift: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        scale: float | Sequence[float],
+        offset: float | Sequence[float] = 0.0,
+        max_shift: int = 0,
+        flip: bool = False,
     ) -> None:
         self.images = images
         self.labels = labels
-        self.scale = scale
-        self.offset = offset
+        self.scale = torch.tensor(scale).view(-1, 1, 1)
+        self.offset = torch.tensor(offset).view(-1, 1, 1)
         self.max_shift = max_shift
+        self.flip = flip
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,6 +61,9 @@ class ImageDataset(Dataset[Batch]):
         images = self.images[chosen]
         if self.max_shift:
             images = randomly_shifted(images, max_shift=self.max_shift)
+        if self.flip:
+            mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
         return images.float().mul_(self.scale).add_(self.offset), self.labels[chosen]
 
 

@@ -1,7 +1,6 @@
 """MNIST: 60,000 + 10,000 handwritten digits of 28 x 28 pixels (LeCun et al. 1998)."""
 
 import hashlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_edge.data.idx import read_idx
 from lightning_edge.data.images import ImageDataModule, ImageDataset, check_labels
+from lightning_edge.data.npz import KEYS, read_npz
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 SHA256 = {
@@ -21,7 +21,6 @@ SHA256 = {
     "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
     "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
-_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 # Of the 60,000 training images, as fractions of full white.
 _MEAN, _STD = 0.1307, 0.3081
 _MAX_SHIFT = 2
@@ -98,7 +97,7 @@ class MNISTDataModule(ImageDataModule):
         if self.test is not None:
             return
         source = self.path or self.folder
-        arrays = _read_npz(source) if source.is_file() else _read_folder(source)
+        arrays = read_npz(source) if source.is_file() else _read_folder(source)
         tensors = {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
         dataset = partial(ImageDataset, scale=1 / (255 * _STD), offset=-_MEAN / _STD)
         parts = []
@@ -165,18 +164,9 @@ def _fetch(path: Path, urls: Sequence[str], checksum: str) -> None:
     )
 
 
-def _read_npz(path: Path) -> Arrays:
-    try:
-        # Opened here: NumPy leaves the file open when it is no zip archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {key: stored[key] for key in _KEYS}
-    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"path must be an .npz with {', '.join(_KEYS)}, got {path} ({error})") from error
-
-
 def _read_folder(folder: Path) -> Arrays:
     arrays = {}
-    for key, zipped in zip(_KEYS, SHA256, strict=True):
+    for key, zipped in zip(KEYS, SHA256, strict=True):
         names = (zipped.removesuffix(".gz"), zipped)
         found = [folder / name for name in names if (folder / name).exists()]
         if not found:

@@ -1,56 +1,206 @@
-"""How fast a target is approached: functions from progress in [0, 1] to the fraction of the target reached."""
+"""When and how fast a target is approached: functions from progress in [0, 1] to the fraction of it reached."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
+from typing import Literal
 
 Schedule = Callable[[float], float]
+Unit = Literal["epoch", "step"]
+_SAMPLES = 100
 
 
-def one_shot(progress: float) -> float:
-    """Return 1 at any progress: the whole target at the first decision.
+def _portions(name: str, values: Iterable[float]) -> tuple[float, ...]:
+    """Return the numbers as a tuple if there are any, all in [0, 1] and none smaller than the one before."""
+    portions = tuple(float(value) for value in values)
+    if not portions or not all(a <= b for a, b in pairwise((0.0, *portions, 1.0))):
+        raise ValueError(f"{name} must be numbers in [0, 1], none smaller than the one before, got {portions}")
+    return portions
 
-    >>> one_shot(0.0)
+
+@dataclass(frozen=True)
+class OneShot:
+    """The whole target at the first decision.
+
+    >>> OneShot()(0.0)
     1.0
     """
-    return 1.0
+
+    def __call__(self, progress: float) -> float:
+        """Return 1 at any progress."""
+        return 1.0
 
 
-def linear(progress: float) -> float:
-    """Return ``progress``: equal steps.
+@dataclass(frozen=True)
+class Linear:
+    """Equal steps.
 
-    >>> linear(0.25)
+    >>> Linear()(0.25)
     0.25
     """
-    return progress
+
+    def __call__(self, progress: float) -> float:
+        """Return ``progress``."""
+        return progress
 
 
-def cubic(progress: float) -> float:
-    """Return 1 - (1 - progress)^3: fast while weights are plenty, slow near the target.
+@dataclass(frozen=True)
+class Cubic:
+    """Fast while weights are plenty, slow near the target.
 
     Zhu and Gupta 2017 (arXiv:1710.01878), equation 1 with an initial sparsity of zero.
 
-    >>> cubic(0.5)
+    >>> Cubic()(0.5)
     0.875
     """
-    return 1.0 - (1.0 - progress) ** 3
+
+    def __call__(self, progress: float) -> float:
+        """Return 1 - (1 - progress)^3."""
+        return 1.0 - (1.0 - progress) ** 3
 
 
-SCHEDULES: Mapping[str, Schedule] = MappingProxyType({"one_shot": one_shot, "linear": linear, "cubic": cubic})
+@dataclass(frozen=True)
+class Exponential:
+    """The distance to the target decays exponentially.
+
+    Args:
+        steepness: How many times smaller by a factor of e the distance gets, above 0; near 0 the schedule is linear.
+
+    Raises:
+        ValueError: If ``steepness`` is not a positive, finite number.
+
+    >>> round(Exponential()(0.5), 3)
+    0.924
+    """
+
+    steepness: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.steepness < math.inf:
+            raise ValueError(f"steepness must be a finite number above 0, got {self.steepness}")
+
+    def __call__(self, progress: float) -> float:
+        """Return (1 - exp(-steepness progress)) / (1 - exp(-steepness))."""
+        return math.expm1(-self.steepness * progress) / math.expm1(-self.steepness)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Slow at both ends, fastest half way.
+
+    >>> round(Cosine()(0.25), 3)
+    0.146
+    """
+
+    def __call__(self, progress: float) -> float:
+        """Return (1 - cos(pi progress)) / 2."""
+        return (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+@dataclass(frozen=True)
+class MultiStep:
+    """Stairs: each milestone brings a fraction of the target, and nothing happens in between.
+
+    Args:
+        milestones: Progress in [0, 1] from which on the fraction of the same index is reached, rising.
+        fractions: Fractions of the target in [0, 1], never falling, the last one 1. Before the first milestone it is 0.
+
+    Raises:
+        ValueError: If the two differ in length, are empty, out of range or out of order, or the target is missed.
+
+    >>> MultiStep(milestones=(0.0, 0.5), fractions=(0.5, 1.0))(0.49)
+    0.5
+    """
+
+    milestones: tuple[float, ...] = (0.0, 1 / 3, 2 / 3, 1.0)
+    fractions: tuple[float, ...] = (0.4, 0.7, 0.9, 1.0)
+
+    def __post_init__(self) -> None:
+        # Lists, as a YAML file gives them, would make the schedule unhashable.
+        object.__setattr__(self, "milestones", _portions("milestones", self.milestones))
+        object.__setattr__(self, "fractions", _portions("fractions", self.fractions))
+        if len(self.milestones) != len(self.fractions):
+            raise ValueError(
+                f"fractions must be as many as milestones ({len(self.milestones)}), got {len(self.fractions)}"
+            )
+        if len(set(self.milestones)) != len(self.milestones):
+            raise ValueError(f"milestones must differ from each other, got {self.milestones}")
+        if self.fractions[-1] != 1.0:
+            raise ValueError(f"fractions must end at 1.0, got {self.fractions}: the target would be missed")
+
+    def __call__(self, progress: float) -> float:
+        """Return the fraction of the last milestone that ``progress`` has reached."""
+        reached = 0.0
+        for milestone, fraction in zip(self.milestones, self.fractions, strict=True):
+            if progress >= milestone:
+                reached = fraction
+        return reached
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A constant level first, then equal steps to the target.
+
+    Args:
+        hold: Progress in [0, 1) until which the level is held.
+        level: Fraction of the target in [0, 1] that is held.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    >>> Ramp(hold=0.5, level=0.25)(0.75)
+    0.625
+    """
+
+    hold: float = 0.5
+    level: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.hold < 1.0:
+            raise ValueError(f"hold must lie in [0, 1), got {self.hold}: at 1 nothing is left of the ramp")
+        if not 0.0 <= self.level <= 1.0:
+            raise ValueError(f"level must lie in [0, 1], got {self.level}")
+
+    def __call__(self, progress: float) -> float:
+        """Return ``level`` until ``hold``, then the straight line to 1."""
+        ramp = max(0.0, (progress - self.hold) / (1.0 - self.hold))
+        return self.level + (1.0 - self.level) * ramp
+
+
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
+    {
+        "one_shot": OneShot(),
+        "linear": Linear(),
+        "cubic": Cubic(),
+        "exponential": Exponential(),
+        "cosine": Cosine(),
+        "multi_step": MultiStep(),
+        "ramp": Ramp(),
+    }
+)
 
 
 def find_schedule(schedule: str | Schedule) -> Schedule:
     """Return the schedule of that name, or the callable itself.
 
     Raises:
-        ValueError: If the name is unknown, or a callable does not end at 1.
+        ValueError: If the name is unknown, or a callable leaves [0, 1] or does not end at 1; it is tried at 101 points.
 
-    >>> find_schedule("cubic") is cubic
-    True
+    >>> find_schedule("cubic")
+    Cubic()
     """
-    if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {sorted(SCHEDULES)} or a callable, got {schedule!r}")
+    if isinstance(schedule, str) and schedule in SCHEDULES:
         return SCHEDULES[schedule]
+    if isinstance(schedule, str) or not callable(schedule):
+        raise ValueError(f"schedule must be one of {sorted(SCHEDULES)} or a callable, got {schedule!r}")
+    if isinstance(schedule, type):
+        raise ValueError(f"schedule must be an object, got the class: write {schedule.__name__}()")
+    for step in range(_SAMPLES + 1):
+        value = schedule(step / _SAMPLES)
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"schedule must stay in [0, 1], got {value} at progress {step / _SAMPLES}")
     if schedule(1.0) != 1.0:
         raise ValueError(f"schedule must return 1.0 at progress 1.0, got {schedule(1.0)}: the target would be missed")
     return schedule
@@ -64,4 +214,51 @@ def progress_at(time: float, *, start: float, end: float) -> float:
     """
     if time >= end:
         return 1.0
-    return max(0.0, (time - start) / (end - start))
+    return (time - start) / (end - start) if time > start else 0.0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When decisions are taken: at ``start``, every ``every`` units after it, and in any case at ``end``.
+
+    Args:
+        start: Zero-based epoch or optimizer step of the first decision.
+        end: That of the last decision, where the target is reached.
+        every: Distance between two decisions, at least 1.
+        unit: What the numbers count, ``"epoch"`` or ``"step"`` (optimizer steps).
+
+    Raises:
+        ValueError: Unless 0 <= start <= end and every >= 1, whole numbers, and the unit is known.
+
+    >>> [time for time in range(9) if Timeline(start=2, end=7, every=2).due(time)]
+    [2, 4, 6, 7]
+    """
+
+    start: int
+    end: int
+    every: int = 1
+    unit: Unit = "epoch"
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("start", self.start, 0), ("end", self.end, self.start), ("every", self.every, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}, in {self}")
+        if self.unit not in ("epoch", "step"):
+            raise ValueError(f"unit must be 'epoch' or 'step', got {self.unit!r}")
+
+    def due(self, time: int) -> bool:
+        """Return whether a decision is taken at ``time``."""
+        return time == self.end or (self.start <= time < self.end and (time - self.start) % self.every == 0)
+
+    def progress(self, time: int) -> float:
+        """Return how much of the way is behind ``time``, in [0, 1]."""
+        return progress_at(time, start=self.start, end=self.end)
+
+    def decision_number(self, time: int) -> int:
+        """Return how many decisions lie before ``time``: the number of the decision at ``time``, counted from 0.
+
+        It depends on the time alone, so a generator seeded with it draws the same numbers in a resumed run.
+        """
+        if time > self.end:
+            return self.decision_number(self.end) + 1
+        return max(0, math.ceil((time - self.start) / self.every))

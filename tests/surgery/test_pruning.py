@@ -10,7 +10,7 @@ def net():
     return nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(45, 7))
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.5, 0.9, 0.994])
 def test_the_global_count_is_exact(sparsity):
     model = net()
     report = prune_(model, sparsity=sparsity)
@@ -57,9 +57,28 @@ def test_a_score_of_the_users_own_decides():
         ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\).*got 1\.0"),
         ({"sparsity": 90}, r"for 90 percent write 0\.9"),
         ({"sparsity": -0.1}, "sparsity must lie in"),
-        ({"sparsity": 0.5, "scope": "local"}, r"scope must be one of \['global', 'layer'\], got 'local'"),
-        ({"sparsity": 0.5, "pattern": "2:4"}, "pattern must be 'unstructured', got '2:4'"),
-        ({"sparsity": 0.5, "score": "size"}, "score must be 'magnitude' or a callable, got 'size'"),
+        ({"sparsity": 0.5, "scope": "local"}, r"scope must be one of \['global', 'layer', 'erk'\], got 'local'"),
+        ({"sparsity": 0.6, "pattern": "2:4"}, "sparsity must be 0.5 for pattern '2:4', which fixes it, got 0.6"),
+        ({"sparsity": 0.5, "pattern": "2:4", "scope": "erk"}, "scope must not be 'erk' for pattern '2:4'"),
+        ({"sparsity": {"0": 0.5}, "scope": "erk"}, "scope must not be 'erk' with a mapping"),
+        ({"sparsity": {}}, "sparsity must name a layer, got an empty mapping"),
+        ({"sparsity": {"conv*": 0.5}}, r"sparsity must name selected layers, got 'conv\*'; they are \['0', '3'\]"),
+        ({"sparsity": {"0": 90}}, r"sparsity must lie in \[0, 1\)"),
+        ({"sparsity": "0.5"}, r"sparsity must lie in \[0, 1\), the fraction of zeros, got '0.5'"),
+        ({"sparsity": 0.5, "score": "size"}, r"score must be one of \['magnitude', .*, got 'size'"),
+        (
+            {"sparsity": 0.999},
+            "min_kept must leave 404 weights of '0' and 1 more layers to prune, got 1",
+        ),
+        (
+            {"sparsity": 0.5, "score": "taylor"},
+            "score 'taylor' must find gradients, got none of '0.weight'",
+        ),
+        ({"sparsity": 0.5, "score": "synflow"}, "example_inputs must be given for score 'synflow', got None"),
+        (
+            {"sparsity": 0.5, "score": lambda w: w[:1]},
+            r"score must return the shape \(5, 2, 3, 3\) of '0.weight', got",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
