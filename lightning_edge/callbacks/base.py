@@ -45,6 +45,10 @@ class CompressionCallback(L.Callback):
         """Return the first and the last epoch (zero-based) at whose start the callback changes the network."""
         raise TypeError(f"{type(self).__name__} must say at which epochs it changes the network")
 
+    def knows_its_epochs(self) -> bool:
+        """Return whether :meth:`decisions` is certain: of a schedule of steps it is when the fit has begun."""
+        return True
+
     def fixes_at(self) -> float:
         """Return the epoch from which the techniques that this one follows may not change the network any more."""
         return self.decisions()[0]
@@ -88,7 +92,7 @@ class CompressionCallback(L.Callback):
         self.check_steps(steps)
         self._steps_per_epoch = steps / max(trainer.max_epochs, 1)
         if self is compressing(trainer)[-1]:
-            check_order(compressing(trainer))  # schedules of steps have their epochs only now
+            check_order(compressing(trainer))  # schedules of steps know their epochs only now
 
     def check_steps(self, steps: float) -> None:
         """Raise a ValueError if the callback's schedule of optimizer steps does not end within ``steps``."""

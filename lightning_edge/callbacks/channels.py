@@ -1,5 +1,6 @@
 """Narrow a network while it is trained: whole channels go on a schedule, first to zero, then physically."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -127,6 +128,10 @@ class ChannelPruning(CompressionCallback):
         first, last = self.clock.epochs(self._steps_per_epoch)
         return first, last if self.remove_epoch is None else self.remove_epoch
 
+    def knows_its_epochs(self) -> bool:
+        """Return whether the epochs of the decisions are certain."""
+        return not self.clock.in_steps or self._steps_per_epoch != math.inf
+
     def reset(self) -> None:
         """Forget an earlier fit."""
         super().reset()
@@ -179,7 +184,8 @@ class ChannelPruning(CompressionCallback):
         self._inputs.watch(network)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Decide, where the network's inputs are known by now."""
+        """Decide, where the network's inputs are known by now; remove what is zero when it is time."""
+        self._check_company(trainer)
         if self._inputs and not self.clock.in_steps:
             self._decide(trainer, pl_module)
         if self.remove_epoch is not None and trainer.current_epoch >= self.remove_epoch:
@@ -329,9 +335,11 @@ class ChannelPruning(CompressionCallback):
                     f" {self.remove_epoch}: the channels are then removed at the end of the fit"
                 )
         for other in compressing(trainer):
+            if other is self or not other.knows_its_epochs():
+                continue
             first = other.decisions()[0]
-            removed = float("inf") if self.remove_epoch is None else self.remove_epoch
-            if other is not self and first < removed and other.technique in ("pruning", "sharing", "quantization"):
+            removed = math.inf if self.remove_epoch is None else self.remove_epoch
+            if first < removed and other.technique in ("pruning", "sharing", "quantization"):
                 raise ValueError(
                     f"remove_epoch must be at most {first}, where {type(other).__name__} begins to hold on to the"
                     f" shapes of the weights, got {self.remove_epoch}: remove the channels first"

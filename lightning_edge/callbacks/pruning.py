@@ -1,5 +1,6 @@
 """Prune weights on a schedule while a network is trained."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -149,6 +150,10 @@ class WeightPruning(CompressionCallback):
         if isinstance(self.regrowth, RigL):
             last = max(last, int(self.regrowth.end_step // self._steps_per_epoch))
         return first, last
+
+    def knows_its_epochs(self) -> bool:
+        """Return whether the epochs of the decisions are certain."""
+        return not self.clock.in_steps or self._steps_per_epoch != math.inf
 
     def reset(self) -> None:
         """Forget an earlier fit."""

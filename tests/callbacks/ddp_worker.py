@@ -9,7 +9,14 @@ from conftest import DigitsTask, fit_digits
 from lightning.pytorch.callbacks import Callback
 
 import lightning_edge.callbacks.export as export_module
-from lightning_edge import ExactResume, ExportArtifacts, QuantizationAwareTraining, WeightPruning, WeightSharing
+from lightning_edge import (
+    ChannelPruning,
+    ExactResume,
+    ExportArtifacts,
+    QuantizationAwareTraining,
+    WeightPruning,
+    WeightSharing,
+)
 
 
 class Diverge(Callback):
@@ -43,12 +50,17 @@ def main(folder, when, seed):
             rank_of.append(batch[0])
 
     pruning, sharing, qat = (
-        WeightPruning(0.8, end_epoch=1),
+        # The masks of one run by magnitude, those of another by gradients that the ranks have to agree on.
+        WeightPruning(0.8, end_epoch=1)
+        if when != "channels"
+        else WeightPruning(0.8, start_step=5, end_step=7, score="movement"),
         WeightSharing(6, at_epochs=[2], init="random"),
         QuantizationAwareTraining(2, freeze_observers_epoch=3),
     )
     export = ExportArtifacts(folder / "out", formats=["edge"])
-    callbacks = [Diverge(when), pruning, sharing, qat, Seen(), export]
+    # Removed in the middle of the fit: the strategy has to wrap the narrow network anew.
+    channels = [ChannelPruning(sparsity=0.5, start_step=2, score="taylor", round_to=2, remove_epoch=1)]
+    callbacks = [Diverge(when), *(channels if when == "channels" else []), pruning, sharing, qat, Seen(), export]
     task, trainer = fit_digits(
         folder / "checkpoints",
         [ExactResume(), *callbacks],

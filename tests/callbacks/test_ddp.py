@@ -28,6 +28,14 @@ def test_ranks_that_see_different_data_decide_alike(tmp_path):
     assert (tmp_path / "out" / "model.edge").is_file()
 
 
+def test_channels_are_removed_in_the_middle_of_a_fit_on_both_ranks(tmp_path):
+    code, errors, (first, second) = two_processes(tmp_path, when="channels")
+    assert code == 0, errors
+    assert first.pop("data") != second.pop("data")
+    assert first == second
+    assert (tmp_path / "out" / "model.edge").is_file()
+
+
 def test_weights_that_diverged_are_found_at_the_next_decision(tmp_path):
     code, errors, ranks = two_processes(tmp_path, when="masks")
     assert code != 0
