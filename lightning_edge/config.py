@@ -65,7 +65,7 @@ def recipe_titles() -> dict[str, str]:
     """Return what each recipe does, one line, by the name that ``recipe=NAME`` selects.
 
     >>> sorted(recipe_titles())
-    ['deep_compression', 'int8']
+    ['deep_compression', 'int8', 'prune_2to4', 'prune_channels', 'prune_weights', 'sensitivity']
     """
     return {name: str(recipe.get("title", "")) for name, recipe in _recipes()}
 

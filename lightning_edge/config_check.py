@@ -24,7 +24,7 @@ def check(cfg: DictConfig) -> None:
             an argument that its signature lacks, or no technique is chosen.
         OmegaConfBaseException: If an interpolation cannot be resolved or a mandatory value is missing.
     """
-    if not set(cfg.callbacks) - set(cfg.dense.callbacks):
+    if not set(cfg.callbacks) - set(cfg.dense.callbacks) and cfg.get("sensitivity") is None:
         raise ValueError(
             f"callbacks must hold a technique or an export, got only {sorted(cfg.callbacks)}: choose a recipe"
             " (recipe=NAME), or name them (callbacks=[default,pruning,export])"

@@ -57,6 +57,12 @@ def run(cfg: DictConfig, folder: Path) -> None:
         _check(stage)
     _check_folder(cfg, folder)
     dense = _dense_baseline(dense_cfg, folder)
+    if cfg.get("sensitivity") is not None:
+        # Of the trainer's own files and bars there would be one for each of the many validations.
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = instantiate(cfg.trainer, callbacks=[], **quiet)
+        instantiate(cfg.sensitivity).run(dense, instantiate(cfg.data), trainer, folder)
+        return
     trainer, compressed, data = _fit(cfg, folder / _LAST, stage="compression", start=dense)
     if trainer.is_global_zero and "export" in cfg.callbacks:
         _report(cfg, folder, trainer, dense=dense, compressed=compressed, data=data)
@@ -79,7 +85,8 @@ def _check(cfg: DictConfig) -> None:
     model = instantiate(cfg.model)
     instantiate(cfg.data)
     trainer = instantiate(cfg.trainer, logger=False)
-    for callback in instantiate(cfg.callbacks).values():
+    looking = [] if cfg.get("sensitivity") is None else [instantiate(cfg.sensitivity)]
+    for callback in [*instantiate(cfg.callbacks).values(), *looking]:
         if hasattr(callback, "check"):
             callback.check(find_network(model, callback.network), max_epochs=trainer.max_epochs)
 

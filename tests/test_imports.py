@@ -46,7 +46,7 @@ def test_dir_lists_every_public_name():
 
 
 def test_an_unknown_name_is_answered_with_the_public_ones():
-    with pytest.raises(AttributeError, match="no attribute 'Pruning'; public names: ExactResume"):
+    with pytest.raises(AttributeError, match="no attribute 'Pruning'; public names: ChannelPruning"):
         _ = lightning_edge.Pruning
 
 

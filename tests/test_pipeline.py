@@ -181,3 +181,27 @@ def test_what_cannot_work_is_said_before_any_training(tmp_path, capsys, override
     assert message in capsys.readouterr().err
     assert time.monotonic() - start < 10
     assert not (tmp_path / "new" / "baseline").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_plain_weights_of_a_network_are_a_baseline_too(tmp_path, prefix):
+    torch.manual_seed(0)
+    weights = {f"{prefix}{name}": value for name, value in DigitsNet().state_dict().items()}
+    torch.save({"state_dict": weights} if prefix else weights, tmp_path / "net.pth")
+    main(["recipe=prune_weights", f"baseline={tmp_path / 'net.pth'}", f"hydra.run.dir={tmp_path / 'run'}", *SHORT])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["history"][0]["stage"] == "compression"
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 4])
+def test_channels_killed_before_and_after_their_removal_give_the_same_file(tmp_path, killed, monkeypatch, epoch):
+    arguments = ["recipe=prune_channels", *SHORT, "callbacks.channels.remove_epoch=2", "export.formats=[edge]"]
+    assert main([*arguments, f"hydra.run.dir={tmp_path / 'whole'}"]) == 0
+    with pytest.raises(killed(epoch, EPOCHS)):
+        main([*arguments, f"hydra.run.dir={tmp_path / 'killed'}"])
+    monkeypatch.undo()
+    assert main([f"resume={tmp_path / 'killed'}"]) == 0
+    whole, resumed = (tmp_path / name / "model.edge" for name in ("whole", "killed"))
+    assert resumed.read_bytes() == whole.read_bytes()
+    report = json.loads((tmp_path / "killed" / "report.json").read_text())
+    assert report["artifacts"][0]["macs"] <= 0.5 * report["baseline"]["macs"]

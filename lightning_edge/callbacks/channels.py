@@ -306,7 +306,7 @@ class ChannelPruning(CompressionCallback):
     def _project(self, network: nn.Module) -> None:
         assert self._plan is not None
         masks = unit_masks(network, self._plan.groups, [self._kept[group.name] for group in self._plan.groups])
-        self._projection.set_masks(dict(network.named_parameters()), masks)
+        self._projection.set_masks(dict(network.named_parameters(remove_duplicate=False)), masks)
 
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Cut the zeroed units out, once; the strategy wraps the narrow network anew."""

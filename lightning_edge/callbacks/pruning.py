@@ -214,7 +214,9 @@ class WeightPruning(CompressionCallback):
             for name, weight in _stepped(self._weights(pl_module), optimizer).items():
                 assert weight.grad is not None
                 score = accumulate(weight, weight.grad)
-                self._scores[name] = self._scores[name].add_(score) if name in self._scores else score
+                # Anew where channels were removed since.
+                same = name in self._scores and self._scores[name].shape == score.shape
+                self._scores[name] = self._scores[name].add_(score) if same else score
         if self.score == "snip":
             self._decide(trainer, pl_module, gradients=True)
         if isinstance(self.regrowth, RigL) and self._masks:
@@ -308,7 +310,7 @@ class WeightPruning(CompressionCallback):
         self._masks = masks
         self._projection.set_masks(weights, masks)
         for network in self.networks(trainer, pl_module):
-            apply_masks_(dict(network.named_parameters()), masks)
+            apply_masks_(dict(network.named_parameters(remove_duplicate=False)), masks)
 
     @torch.no_grad()
     def _exchange(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -331,7 +333,7 @@ class WeightPruning(CompressionCallback):
     def _rewind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         network = find_network(pl_module, self.network)
         network.load_state_dict(self._early)
-        apply_masks_(dict(network.named_parameters()), self._masks)
+        apply_masks_(dict(network.named_parameters(remove_duplicate=False)), self._masks)
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
 

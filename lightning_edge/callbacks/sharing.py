@@ -123,7 +123,7 @@ class WeightSharing(CompressionCallback):
             self._codes, self._shared_at = dict(report.codes), trainer.current_epoch
             require_agreement(trainer, self._codes.values(), what="the codes of the shared weights")
             for network in self.networks(trainer, pl_module):
-                project_shared_(dict(network.named_parameters()), self._codes)
+                project_shared_(dict(network.named_parameters(remove_duplicate=False)), self._codes)
             pl_module.log("sharing/inertia", report.inertia, on_epoch=True, sync_dist=True)
         if self._codes:
             pl_module.log("sharing/distinct_values", float(self._distinct()), on_epoch=True, sync_dist=True)

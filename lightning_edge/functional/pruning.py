@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_edge.functional.floats import sortable_bits
 
 _HALF = 1 << 16
+_CHUNK = 1 << 16  # keys of so many scores at a time stay in the processor's cache
 
 
 def pruned_count(size: int, sparsity: float) -> int:
@@ -57,22 +58,28 @@ def smallest_masks(scores: Sequence[Tensor], *, count: int) -> list[Tensor]:
     ties = count - below - below_in_bucket
     masks = []
     for score in scores:
-        keys = sortable_bits(score, what="scores")
-        pruned = keys < threshold
-        equal = keys == threshold
-        if ties:
-            first = equal.nonzero().flatten()[:ties]
-            pruned[first] = True
-            ties -= len(first)
-        masks.append(pruned.logical_not_().view(score.shape))
+        mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+        for part, kept in zip(_chunks(score), _chunks(mask), strict=True):
+            keys = sortable_bits(part, what="scores")
+            torch.gt(keys, threshold, out=kept)
+            equal = (keys == threshold).nonzero().flatten()
+            kept[equal[ties:]] = True
+            ties -= min(ties, len(equal))
+        masks.append(mask)
     return masks
+
+
+def _chunks(score: Tensor) -> Sequence[Tensor]:
+    """Return the elements in order, as flat views of a part each (of a copy, if the tensor is not contiguous)."""
+    return torch.split(score.detach().flatten(), _CHUNK) if score.numel() else ()
 
 
 def _bucket_of(scores: Sequence[Tensor], count: int, *, digit: Callable[[Tensor], Tensor]) -> tuple[int, int]:
     """Return the bucket that holds the ``count``-th smallest digit, and how many digits lie in smaller buckets."""
     histogram = torch.zeros(_HALF, dtype=torch.int64)
     for score in scores:
-        histogram += torch.bincount(digit(sortable_bits(score, what="scores")), minlength=_HALF).cpu()
+        for part in _chunks(score):
+            histogram += torch.bincount(digit(sortable_bits(part, what="scores")), minlength=_HALF).cpu()
     cumulative = histogram.cumsum(0)
     bucket = int(torch.searchsorted(cumulative, count))
     return bucket, int(cumulative[bucket] - histogram[bucket])

@@ -27,7 +27,7 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path, Path]:
     """
     texts = {"report.json": to_json(report), "report.md": to_markdown(report), "report.html": to_html(report)}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    json_path, markdown_path, html_path = (_write(Path(folder) / name, text) for name, text in texts.items())
+    json_path, markdown_path, html_path = (write_text(Path(folder) / name, text) for name, text in texts.items())
     return json_path, markdown_path, html_path
 
 
@@ -52,12 +52,12 @@ def to_markdown(report: Report) -> str:
     parts = [
         f"# {report.title}",
         f"`{report.command}`",
-        _markdown_table([" ".join(column).strip() for column in COLUMNS], [cells(row) for row in report.rows]),
+        markdown_table([" ".join(column).strip() for column in COLUMNS], [cells(row) for row in report.rows]),
         "\n".join(f"- {line}" for line in report.caption),
         "## Verification",
         "\n".join(f"- {row.name}: {agreement_text(row.verified)}" for row in report.artifacts),
         "## Layers",
-        _markdown_table(_LAYER_COLUMNS, [_layer_cells(layer) for layer in report.layers.layers]),
+        markdown_table(_LAYER_COLUMNS, [_layer_cells(layer) for layer in report.layers.layers]),
         *(["## Notes", "\n".join(f"- {note}" for note in report.notes)] if report.notes else []),
         "## Environment",
         "\n".join(f"- {name}: {value}" for name, value in report.environment.items()),
@@ -112,12 +112,20 @@ def _layer_cells(layer: LayerFootprint) -> tuple[str, ...]:
     )
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of these columns as Markdown.
+
+    >>> print(markdown_table(["a", "b"], [["1", "2"]]))
+    | a | b |
+    | --- | --- |
+    | 1 | 2 |
+    """
     lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Write to a temporary name and rename; return the path."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

@@ -41,7 +41,10 @@ def find_network(module: nn.Module, path: str | None = None) -> nn.Module:
     >>> find_network(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     Linear(in_features=2, out_features=3, bias=True)
     """
-    return module.get_submodule(network_path(module, path))
+    network = module.get_submodule(network_path(module, path))
+    # torch.compile(network) wraps: the names inside are those of the network itself.
+    inner = getattr(network, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else network
 
 
 def select_weights(

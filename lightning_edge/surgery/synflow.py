@@ -41,7 +41,7 @@ def synflow_scores(
             if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.running_var is not None:
                 layer.running_mean.zero_()
                 layer.running_var.fill_(1.0)
-        for name, parameter in flow.named_parameters():
+        for name, parameter in flow.named_parameters(remove_duplicate=False):
             parameter.abs_()
             if name in masks:
                 parameter.mul_(masks[name])

@@ -183,7 +183,9 @@ def test_channels_that_go_after_sharing_are_refused(fit):
 
 
 def test_a_fit_that_ends_early_raises(fit):
-    with pytest.raises(ValueError, match="ChannelPruning must reach its target at epoch 3, got a fit that ended at epoch"):
+    with pytest.raises(
+        ValueError, match="ChannelPruning must reach its target at epoch 3, got a fit that ended at epoch"
+    ):
         fit(ChannelPruning(sparsity=0.5, end_epoch=3, round_to=2), max_steps=10)
 
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from lightning.pytorch.callbacks import Callback
@@ -23,8 +25,25 @@ def test_each_file_computes_what_the_trained_module_computes(fit, tmp_path, digi
     assert found.recipe_hash == "abc"
     weights = {row.name: row for row in found.tensors if row.name.endswith("weight")}
     assert max(row.distinct for row in weights.values()) <= 7
-    assert sum(row.zeros for row in weights.values()) == int(0.8 * 2664)
+    # What is not zero is all there, and dead units are not.
+    assert sum(math.prod(row.shape) - row.zeros for row in weights.values()) <= 2664 - int(0.8 * 2664)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["net.edge", "net.onnx"]
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_dead_units_are_not_in_the_files_but_stay_in_the_module(fit, tmp_path, remove):
+    export = ExportArtifacts(tmp_path / "out", formats=["onnx"], remove_dead_units=remove)
+    task, _ = fit(WeightPruning(0.97), export, epochs=2)
+    assert task.model[3].out_channels == 16
+    exported = sum(parameter.numel() for parameter in export.exported.parameters())
+    if remove:
+        assert export.dead_units.count > 0
+        assert exported < 2706
+        assert export.exported[3].out_channels == 16 - export.dead_units.removed["3"]
+    else:
+        assert export.dead_units is None
+        assert exported == 2706
+    assert export.verifications["onnx"].agreeing == 64
 
 
 def test_a_quantized_network_is_exported_in_integers(fit, tmp_path):
