@@ -18,18 +18,9 @@ from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.projection import Projection
 from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional.schedules import Schedule
-from lightning_edge.surgery.channels import (
-    ChannelPlan,
-    ChannelScore,
-    SlimReport,
-    Target,
-    check_options,
-    check_patterns,
-    remove_,
-    score_units,
-    slim_channels_,
-    unit_taylor,
-)
+from lightning_edge.surgery.channel_plan import ChannelPlan, Target, check_patterns
+from lightning_edge.surgery.channel_scores import ChannelScore, score_units, unit_taylor
+from lightning_edge.surgery.channels import SlimReport, check_options, remove_, slim_channels_
 from lightning_edge.surgery.coupling import unit_masks, zero_units_
 from lightning_edge.surgery.selection import find_network
 

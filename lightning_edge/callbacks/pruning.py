@@ -16,16 +16,8 @@ from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional import scores as score_functions
 from lightning_edge.functional.regrowth import REGROWTHS, RigL, Splicing, exchanged_mask
 from lightning_edge.functional.schedules import Schedule
-from lightning_edge.surgery.pruning import (
-    Scope,
-    Score,
-    Sparsity,
-    Target,
-    apply_masks_,
-    check_score,
-    synflow_masks,
-    weight_scores,
-)
+from lightning_edge.surgery.pruning import Score, apply_masks_, check_score, synflow_masks, weight_scores
+from lightning_edge.surgery.pruning_target import Scope, Sparsity, Target
 from lightning_edge.surgery.selection import find_network
 
 Regrowth = RigL | Splicing

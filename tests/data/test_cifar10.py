@@ -76,7 +76,10 @@ def test_training_images_are_moved_and_mirrored_and_others_not(npz):
     data = prepared(path=npz)
     assert (data.train.max_shift, data.train.flip) == (4, True)
     assert (data.validation.max_shift, data.validation.flip, data.test.flip) == (0, False, False)
-    assert (prepared(path=npz, augment=False).train.max_shift, prepared(path=npz, augment=False).train.flip) == (0, False)
+    assert (prepared(path=npz, augment=False).train.max_shift, prepared(path=npz, augment=False).train.flip) == (
+        0,
+        False,
+    )
 
 
 @pytest.fixture

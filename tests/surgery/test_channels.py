@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_edge import slim_channels_
 from lightning_edge.models import DigitsNet, LeNet5, ResNet20
-from lightning_edge.surgery.channels import ChannelPlan, Target
+from lightning_edge.surgery.channel_plan import ChannelPlan, Target
 from lightning_edge.surgery.coupling import zero_units_
 
 
@@ -90,7 +90,7 @@ def test_taylor_is_the_squared_change_of_the_loss():
     seen = []
 
     def score(module, group):
-        from lightning_edge.surgery.channels import score_units
+        from lightning_edge.surgery.channel_scores import score_units
 
         seen.append(score_units(module, group, "taylor"))
         return seen[0]
