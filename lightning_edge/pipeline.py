@@ -30,6 +30,7 @@ from lightning_edge.report import (
 )
 from lightning_edge.surgery.quantization import CapturedNetwork
 from lightning_edge.surgery.selection import find_network, network_path
+from lightning_edge.surgery.widths import changed_widths, rebuild_, widths_of
 
 _BASELINE, _LAST = "baseline.ckpt", "last.ckpt"
 
@@ -131,6 +132,7 @@ def _fit(
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     model, data = instantiate(cfg.model), instantiate(cfg.data)
     if start is not None:
+        rebuild_(model, changed_widths(widths_of(model), widths_of(start)))  # a narrow baseline stays narrow
         model.load_state_dict(start.state_dict())
     trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()))
     _say(f"{stage}: {trainer.max_epochs} epochs" + (f", resumed from {last}" if last.exists() else ""))
@@ -144,6 +146,7 @@ def _load(model: L.LightningModule, checkpoint: Path) -> L.LightningModule:
     """Load a Lightning checkpoint, or the plain weights of the network, as a model zoo publishes them."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     try:
+        model.on_load_checkpoint(state)
         weights = state.get("state_dict", state)
         if not weights.keys() & model.state_dict().keys():
             # Written by DataParallel, or without a LightningModule around the network.

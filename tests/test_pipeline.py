@@ -205,3 +205,11 @@ def test_channels_killed_before_and_after_their_removal_give_the_same_file(tmp_p
     assert resumed.read_bytes() == whole.read_bytes()
     report = json.loads((tmp_path / "killed" / "report.json").read_text())
     assert report["artifacts"][0]["macs"] <= 0.5 * report["baseline"]["macs"]
+
+
+def test_a_narrow_network_is_a_baseline_for_the_next_recipe(tmp_path):
+    assert main(["recipe=prune_channels", *SHORT, f"hydra.run.dir={tmp_path / 'narrow'}"]) == 0
+    baseline = f"baseline={tmp_path / 'narrow' / 'last.ckpt'}"
+    assert main(["recipe=deep_compression", baseline, *SHORT, f"hydra.run.dir={tmp_path / 'packed'}"]) == 0
+    narrow, packed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("narrow", "packed"))
+    assert packed["baseline"]["macs"] == narrow["artifacts"][0]["macs"] < narrow["baseline"]["macs"]

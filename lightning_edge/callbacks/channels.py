@@ -23,8 +23,7 @@ from lightning_edge.surgery.channel_scores import ChannelScore, score_units, uni
 from lightning_edge.surgery.channels import SlimReport, check_options, remove_, slim_channels_
 from lightning_edge.surgery.coupling import unit_masks, zero_units_
 from lightning_edge.surgery.selection import find_network
-
-WIDTHS_KEY = "lightning_edge.widths"
+from lightning_edge.surgery.widths import WIDTHS_KEY
 
 
 class ChannelPruning(CompressionCallback):

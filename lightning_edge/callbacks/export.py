@@ -16,7 +16,6 @@ from lightning_edge.artifact import load_artifact
 from lightning_edge.export import export
 from lightning_edge.export.verification import ArtifactMismatchError, Verification, verify
 from lightning_edge.surgery.deadunits import DeadUnitsReport, remove_dead_units_
-from lightning_edge.surgery.quantization import CapturedNetwork
 from lightning_edge.surgery.selection import find_network
 
 FORMATS = ("edge", "onnx", "pte")
@@ -36,8 +35,7 @@ class ExportArtifacts(L.Callback):
         formats: ``"edge"`` (packed), ``"onnx"`` (onnxruntime), ``"pte"`` (ExecuTorch, needs the extra ``executorch``).
         name: Name of the files without suffix.
         min_agreement: Smallest fraction of validation rows whose label must be that of the trained module, in [0, 1].
-        remove_dead_units: Remove dead units before the export; see ``remove_dead_units_``. A network under
-            quantization-aware training keeps them.
+        remove_dead_units: Remove dead units before the export; see ``remove_dead_units_``.
         recipe_hash: What the packed file says about the settings that made it.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
 
@@ -131,7 +129,7 @@ class ExportArtifacts(L.Callback):
 
     def _alive(self, network: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
         """Return a copy of the network without its dead units."""
-        if not self.remove_dead_units or isinstance(vars(network).get("forward"), CapturedNetwork):
+        if not self.remove_dead_units:
             return network
         alive = copy.deepcopy(network)
         with torch.enable_grad():  # tracing needs it

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_edge.surgery.coupling import ChannelGroup, coupled_groups, flat_tensors, remove_units_, zero_units_
+from lightning_edge.surgery.coupling import (
+    ChannelGroup,
+    coupled_groups,
+    flat_tensors,
+    kept_sides,
+    remove_units_,
+    zero_units_,
+)
+from lightning_edge.surgery.quantization import CapturedNetwork, capture_, release_
 from lightning_edge.surgery.slicing import Side, is_depthwise, sum_per_channel, weight_of
 from lightning_edge.surgery.widths import Manifest, changed_widths, widths_of
 
@@ -48,6 +56,9 @@ def remove_dead_units_(module: nn.Module, *, example_inputs: tuple[Any, ...] | T
     consumer without one. A constant that cannot be folded (the consumer pads with zeros) is left alone. This goes on
     until nothing is dead: in a 98 %-sparse LeNet-300-100, most hidden units go.
 
+    A network under quantization-aware training stays so: it is captured again with the ranges that it had, and only
+    units that emit zero are taken for dead.
+
     Args:
         module: The network; changed in place. Its outputs in evaluation mode stay, its training would not.
         example_inputs: What it is called with, a tensor or a tuple; two rows suffice.
@@ -64,6 +75,31 @@ def remove_dead_units_(module: nn.Module, *, example_inputs: tuple[Any, ...] | T
     {'0': 1}
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if isinstance(vars(module).get("forward"), CapturedNetwork):
+        return _remove_captured_(module, inputs)
+    return _remove_(module, inputs, fold=True)[0]
+
+
+def _remove_captured_(module: nn.Module, inputs: tuple[Any, ...]) -> DeadUnitsReport:
+    """Remove from the plain network, and capture it again with the observers that it had."""
+    captured = vars(module)["forward"]
+    observers = captured.observer_state()
+    release_(module)
+    try:
+        # The integers of a constant are not the constant: none is folded but zero.
+        report, kept = _remove_(module, inputs, fold=False)
+    except BaseException:
+        module.forward = captured
+        raise
+    for side, indices in kept.items():
+        for key in [key for key in observers if side.is_output and key.startswith(f"{side.layer}.weight.")]:
+            observers[key] = observers[key][indices.to(observers[key].device)]  # one for each output channel
+    capture_(module, tuple(value[:2] for value in inputs), observers=observers)
+    return report
+
+
+def _remove_(module: nn.Module, inputs: tuple[Any, ...], *, fold: bool) -> tuple[DeadUnitsReport, dict[Side, Tensor]]:
+    """Remove dead units; return the report, and which channels stay on the sides that lost some."""
     groups = [group for group in coupled_groups(module, inputs).groups if group.heads is None]
     before, was_training = widths_of(module), module.training
     trial = copy.deepcopy(module).eval()
@@ -72,9 +108,7 @@ def remove_dead_units_(module: nn.Module, *, example_inputs: tuple[Any, ...] | T
     while True:
         found = False
         for group, mask in zip(groups, alive, strict=True):
-            dead = _dead_(trial, group, mask, inputs)
-            if int(dead.sum()) == int(mask.sum()):
-                dead[int(mask.nonzero()[0])] = False  # a layer of no channels runs nowhere
+            dead = _dead_(trial, group, mask, inputs, fold=fold)
             mask &= ~dead
             found = found or bool(dead.any())
             # Zero everywhere: those before may have lost their last reader, those behind their last input.
@@ -91,16 +125,16 @@ def remove_dead_units_(module: nn.Module, *, example_inputs: tuple[Any, ...] | T
             f"outputs must not change when dead units are removed, got a difference of {difference:.1e}: please report"
             " the network; nothing was removed"
         )
+    kept = kept_sides(groups, alive, module)
     remove_units_(module, groups, alive)
     module.load_state_dict(trial.state_dict())
     module.train(was_training)
     removed = {group.name: int((~mask).sum()) for group, mask in zip(groups, alive, strict=True)}
-    return DeadUnitsReport(
-        {name: count for name, count in removed.items() if count}, changed_widths(before, widths_of(module)), difference
-    )
+    manifest = changed_widths(before, widths_of(module))
+    return DeadUnitsReport({name: n for name, n in removed.items() if n}, manifest, difference), kept
 
 
-def _dead_(trial: nn.Module, group: ChannelGroup, alive: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+def _dead_(trial: nn.Module, group: ChannelGroup, alive: Tensor, inputs: tuple[Any, ...], *, fold: bool) -> Tensor:
     """Return which units of a group are dead and not gone yet; what they emit has then been folded."""
     layers = dict(trial.named_modules())
     read = torch.zeros(group.units, dtype=torch.bool)
@@ -117,10 +151,14 @@ def _dead_(trial: nn.Module, group: ChannelGroup, alive: Tensor, inputs: tuple[A
             read |= used
     silent = alive & ~read
     constant = alive & read & ~fed
-    return silent | _fold_(trial, group, constant, inputs) if bool(constant.any()) else silent
+    if bool((silent | constant).eq(alive).all()):
+        # A layer of no channels runs nowhere: one stays.
+        first = int(alive.nonzero()[0])
+        silent[first] = constant[first] = False
+    return silent | _fold_(trial, group, constant, inputs, fold=fold) if bool(constant.any()) else silent
 
 
-def _fold_(trial: nn.Module, group: ChannelGroup, constant: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+def _fold_(trial: nn.Module, group: ChannelGroup, constant: Tensor, inputs: tuple[Any, ...], *, fold: bool) -> Tensor:
     """Add what units without inputs emit to their consumers; return for which units that was possible."""
     layers = dict(trial.named_modules())
     consumers = {side: units for side, units in group.members.items() if not side.is_output}
@@ -131,7 +169,8 @@ def _fold_(trial: nn.Module, group: ChannelGroup, constant: Tensor, inputs: tupl
         if low is None or high is None:
             return torch.zeros_like(constant)  # not called on the example inputs
         flat = (high - low) <= _TOLERANCE * 0.1 * torch.maximum(high.abs(), torch.ones(()))
-        takes = flat if _takes_constants(layers[side.layer], seen.norms.get(side.layer)) else flat & (high == 0)
+        takes_all = fold and _takes_constants(layers[side.layer], seen.norms.get(side.layer))
+        takes = flat if takes_all else flat & (high == 0)
         folded &= takes[units].all(1)
     for side, units in consumers.items():
         layer = layers[side.layer]

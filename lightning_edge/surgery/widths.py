@@ -22,6 +22,8 @@ _ATTRIBUTES = (
 
 
 Manifest = dict[str, dict[str, int]]
+WIDTHS_KEY = "lightning_edge.widths"
+"""Where a checkpoint of a narrow network carries its manifest."""
 
 
 def widths_of(module: nn.Module) -> Manifest:

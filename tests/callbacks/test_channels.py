@@ -13,7 +13,9 @@ from lightning_edge import (
     load_artifact,
     slim_channels_,
 )
-from lightning_edge.callbacks.channels import WIDTHS_KEY
+from lightning_edge.models import DigitsNet
+from lightning_edge.modules import ClassificationModule
+from lightning_edge.surgery.widths import WIDTHS_KEY
 
 
 def shapes(task):
@@ -127,6 +129,14 @@ def test_load_from_checkpoint_works_with_a_hook_of_two_lines(fit, tmp_path, task
     fit(ChannelPruning(sparsity=0.5, round_to=2, remove_epoch=1), task=Reloading())
     task = Reloading.load_from_checkpoint(tmp_path / "fit" / "epoch=3.ckpt")
     assert task.model[3].out_channels == 8
+
+
+def test_our_own_module_reloads_by_itself(fit, tmp_path):
+    task, _ = fit(ChannelPruning(sparsity=0.5, remove_epoch=1), task=ClassificationModule(DigitsNet()))
+    path = tmp_path / "fit" / "epoch=3.ckpt"
+    again = ClassificationModule.load_from_checkpoint(path, network=DigitsNet())
+    assert shapes(again) == shapes(task)
+    assert again.network.conv3.out_channels < 64
 
 
 def test_removal_in_the_middle_equals_zeros_all_along(fit, task_class):

@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_edge import prune_, remove_dead_units_, slim_channels_
 from lightning_edge.models import DigitsNet, LeNet5, LeNet300, ResNet20
+from lightning_edge.surgery.quantization import capture_, deployed
 
 
 def count(network):
@@ -115,11 +116,31 @@ def test_a_layer_keeps_its_last_unit():
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
         network[0].weight.zero_()
+        network[0].bias.fill_(1.5)
     inputs = torch.randn(2, 3)
     expected = network(inputs)
     remove_dead_units_(network, example_inputs=inputs)
     assert network[0].out_features == 1
     torch.testing.assert_close(network(inputs), expected)
+
+
+def test_a_quantized_network_is_captured_again_with_its_ranges():
+    network = sparse(DigitsNet, 0.95)
+    inputs = torch.rand(8, 1, 8, 8)
+    captured = capture_(network, (inputs,))
+    network.train()
+    network(inputs)
+    network.eval()
+    with torch.no_grad():
+        expected = network(inputs)
+        report = remove_dead_units_(network, example_inputs=inputs)
+        assert report.count > 0
+        assert count(network) < 42_898
+        torch.testing.assert_close(network(inputs), expected, rtol=1e-4, atol=1e-4)
+    again = vars(network)["forward"].observer_state()
+    assert again["relu.min_val"] == captured.observer_state()["relu.min_val"]
+    assert len(again["conv3.weight.scale"]) == network.conv3.out_channels < 64
+    assert deployed(network, (inputs,))(inputs).shape == (8, 10)
 
 
 def test_a_live_network_stays_and_so_does_its_mode():
