@@ -8,6 +8,11 @@ import pytest
 from lightning_edge.artifact import inspect
 
 
+def test_the_other_examples_are_accepted(root):
+    for code in re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)[1:]:
+        exec(compile(code, "README.md", "exec"), {})
+
+
 @pytest.mark.slow
 def test_the_example_trains_exports_and_runs(root, capsys):
     code = re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)[1]
