@@ -1,7 +1,7 @@
 """Narrow a network while it is trained: whole channels go on a schedule, first to zero, then physically."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -336,10 +336,10 @@ class ChannelPruning(CompressionCallback):
                 )
 
 
-def _load_widths(callback: ChannelPruning, pl_module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+def _load_widths(callback: ChannelPruning, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Give the network the sizes of the checkpoint, then call the module's own hook."""
     widths = checkpoint.get(WIDTHS_KEY)
     if widths:
         slim_channels_(find_network(pl_module, callback.network), manifest=widths)
         callback._manifest = {name: dict(sizes) for name, sizes in widths.items()}
-    type(pl_module).on_load_checkpoint(pl_module, dict(checkpoint))
+    type(pl_module).on_load_checkpoint(pl_module, checkpoint)
