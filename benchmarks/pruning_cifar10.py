@@ -56,7 +56,7 @@ def unstructured(sparsity: float) -> Entry:
             f"callbacks.pruning.sparsity={sparsity}",
             *(f"callbacks.pruning.{o}" for o in IN_STEPS),
         ),
-        epochs=5 if sparsity == 0.8 else 3,
+        epochs=5 if sparsity == 0.8 else 2,
     )
 
 
@@ -78,7 +78,7 @@ def channels(macs: float) -> Entry:
             "export.formats=[onnx,pte]",
         ),
         channels=True,
-        epochs=5 if macs == 0.5 else 3,
+        epochs=5 if macs == 0.5 else 2,
     )
 
 

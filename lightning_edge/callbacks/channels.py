@@ -248,7 +248,9 @@ class ChannelPruning(CompressionCallback):
         # One and the same draw for every decision: what is random grows, it does not wander.
         generator = torch.Generator().manual_seed(self.seed)
         scores = [self._score(network, group, generator) for group in plan.groups]
-        kept = plan.kept(self.target, scores, progress=self.clock.progress(time), scope=self.scope)
+        before = [self._kept[group.name] for group in plan.groups] if self._kept else None
+        progress = self.clock.progress(time)
+        kept = plan.kept(self.target, scores, progress=progress, scope=self.scope, before=before)
         require_agreement(trainer, kept, what="the channels that stay")
         self._kept = {group.name: mask for group, mask in zip(plan.groups, kept, strict=True)}
         self._scores, self._done = {}, number
@@ -257,18 +259,14 @@ class ChannelPruning(CompressionCallback):
         self._project(network)
 
     def _score(self, network: nn.Module, group: Any, generator: torch.Generator) -> Tensor:
-        if self.score == "taylor" and group.name in self._scores:
-            scores = self._scores[group.name]
-        elif self.score == "taylor":
+        if self.score != "taylor":
+            return score_units(network, group, self.score, generator=generator)
+        if group.name not in self._scores:
             raise ValueError(
                 "score 'taylor' must see gradients before the first decision, got none at its start: begin at a later"
                 " step (start_step=100) or epoch"
             )
-        else:
-            scores = score_units(network, group, self.score, generator=generator)
-        kept = self._kept.get(group.name)
-        # Shifted by the smallest positive number: a unit that is gone already stays behind all others.
-        return scores if kept is None else torch.where(kept, scores + torch.finfo(torch.float32).tiny, 0.0)
+        return self._scores[group.name]
 
     def _accumulate(self, pl_module: L.LightningModule) -> None:
         network = find_network(pl_module, self.network)

@@ -15,6 +15,7 @@ def units_to_keep(
     budget: float,
     scope: str = "global",
     steps: Sequence[int],
+    gone: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Return masks over the units of each group, True = stays, whose cost is within the budget.
 
@@ -29,6 +30,7 @@ def units_to_keep(
         budget: Largest cost that is accepted.
         scope: "global" or "layer".
         steps: For each group, of which number of units its width stays a multiple.
+        gone: For each group, how many units have gone before and stay so: those of the smallest scores.
 
     Raises:
         ValueError: If the narrowest widths cost more than the budget; says how much.
@@ -37,14 +39,14 @@ def units_to_keep(
     [tensor([ True, False,  True])]
     """
     order = [torch.argsort(score, stable=True) for score in scores]
-    kept = [len(score) for score in scores]
+    kept = [len(score) - count for score, count in zip(scores, gone or [0] * len(scores), strict=True)]
     offers: list[tuple[float, int, int]] = []  # (price, group, units that stay)
     for group, (score, ranks) in enumerate(zip(scores, order, strict=True)):
         size, step = len(score), steps[group]
         mean = float(score.double().mean()) or 1.0
         for stays in range((size - 1) // step * step, 0, -step):
-            gone = ranks[size - min(size, stays + step) : size - stays]
-            price = 1 - stays / size if scope == "layer" else float(score[gone].double().mean()) / mean
+            going = ranks[size - min(size, stays + step) : size - stays]
+            price = 1 - stays / size if scope == "layer" else float(score[going].double().mean()) / mean
             offers.append((price, group, stays))
     for _, group, stays in sorted(offers, key=lambda offer: (offer[0], -offer[2] / len(scores[offer[1]]), offer[1])):
         if cost(kept) <= budget:

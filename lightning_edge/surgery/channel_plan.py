@@ -15,6 +15,8 @@ from lightning_edge.surgery.coupling import ChannelGroup, Coupling, coupled_grou
 from lightning_edge.surgery.selection import WEIGHTED
 from lightning_edge.surgery.slicing import channel_tensors, is_depthwise, weight_of, width
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Target:
@@ -89,7 +91,15 @@ class ChannelPlan:
         self._positions = _output_positions(network, example_inputs)
         self._network = network
 
-    def kept(self, target: Target, scores: Sequence[Tensor], *, progress: float, scope: str) -> list[Tensor]:
+    def kept(
+        self,
+        target: Target,
+        scores: Sequence[Tensor],
+        *,
+        progress: float,
+        scope: str,
+        before: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Return which units of each group stay.
 
         Args:
@@ -97,6 +107,7 @@ class ChannelPlan:
             scores: For each group the importance of its units, at least 0.
             progress: How much of the way to the target, in [0, 1].
             scope: "global" or "layer".
+            before: Which units have stayed until now: none comes back, since nothing would ever train it again.
 
         Raises:
             ValueError: If the target is out of reach.
@@ -106,8 +117,13 @@ class ChannelPlan:
         cost = costs[target.kind]
         steps = [_step(self._network, group, self.round_to) for group in self.groups]
         dense = cost(sizes)
+        gone = None if before is None else [int((~mask).sum()) for mask in before]
+        if before is not None:
+            # What is gone goes first.
+            scores = [torch.where(mask, s + _TINY, 0.0) for mask, s in zip(before, scores, strict=True)]
         try:
-            return units_to_keep(scores, cost=cost, budget=dense * target.budget(progress), scope=scope, steps=steps)
+            budget = dense * target.budget(progress)
+            return units_to_keep(scores, cost=cost, budget=budget, scope=scope, steps=steps, gone=gone)
         except ValueError as error:
             raise ValueError(
                 f"{target.kind} must be within reach, got {getattr(target, target.kind)}: of {dense:.4g}, {error};"

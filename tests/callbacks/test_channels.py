@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import lightning as L
 import pytest
 import torch
@@ -91,6 +93,28 @@ def test_resumed_equals_uninterrupted(fit, tmp_path, options):
         resumed, _ = fit(ChannelPruning(**options, round_to=2), folder="resumed", ckpt_path=checkpoint, seed=epoch + 50)
         assert shapes(resumed) == shapes(whole)
         assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("score", ["l2", "taylor", "random"])
+def test_no_unit_ever_comes_back(fit, score):
+    """A unit that is zero on both sides has no gradient: counted among those that stay, it would be dead."""
+
+    class Kept(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, *_):
+            self.seen.append({name: mask.clone() for name, mask in pruning.state_dict()["kept"].items()})
+
+    kept = Kept()
+    pruning = ChannelPruning(
+        macs=0.4, start_step=2, end_step=20, score=score, round_to=8, schedule="linear", protect_ends=False
+    )
+    task, _ = fit(kept, pruning, task=ClassificationModule(DigitsNet()))
+    steps = [step for step in kept.seen if step]
+    for before, after in pairwise(steps):
+        assert not any(bool((after[name] & ~mask).any()) for name, mask in before.items())
+    assert all(bool((layer.weight.flatten(1) != 0).any(1).all()) for layer in (task.network.conv2, task.network.fc1))
 
 
 def test_before_the_removal_a_checkpoint_is_that_of_the_plain_network(fit, tmp_path, task_class):

@@ -31,6 +31,13 @@ def test_ties_go_by_index():
     assert kept([torch.ones(3)], cost=sum, budget=2, steps=[1]) == [[False, True, True]]
 
 
+def test_what_has_gone_stays_gone_although_the_budget_would_take_it_back():
+    scores = [torch.tensor([0.0, 0.0, 5.0, 6.0]), torch.tensor([1.0, 2.0, 3.0])]
+    masks = units_to_keep(scores, cost=sum, budget=6, steps=[1, 1], gone=[2, 0])
+    assert [int(mask.sum()) for mask in masks] == [2, 3]
+    assert masks[0].tolist() == [False, False, True, True]
+
+
 def test_scores_of_zero_are_no_division_by_zero():
     assert kept([torch.zeros(2), torch.ones(2)], cost=sum, budget=3, steps=[1, 1]) == [[False, True], [True, True]]
 
