@@ -78,7 +78,7 @@ def channels(macs: float) -> Entry:
             "export.formats=[onnx,pte]",
         ),
         channels=True,
-        epochs=5 if macs == 0.5 else 2,
+        epochs=5 if macs == 0.5 else 3,
     )
 
 
