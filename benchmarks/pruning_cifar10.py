@@ -62,6 +62,7 @@ def unstructured(sparsity: float) -> Entry:
 
 def channels(macs: float) -> Entry:
     """Return the entry of one fraction of the multiply-accumulates that stay."""
+    epochs, end_step, remove_epoch = (5, 400, 2) if macs == 0.5 else (2, 350, 1)
     return Entry(
         f"channels_{macs:g}",
         f"channels, {1 - macs:.0%} of the MACs removed",
@@ -72,13 +73,13 @@ def channels(macs: float) -> Entry:
             "callbacks.channels.score=taylor",
             "callbacks.channels.end_epoch=null",
             "callbacks.channels.start_step=50",
-            "callbacks.channels.end_step=400",
+            f"callbacks.channels.end_step={end_step}",
             "callbacks.channels.every=50",
-            "callbacks.channels.remove_epoch=2",
+            f"callbacks.channels.remove_epoch={remove_epoch}",
             "export.formats=[onnx,pte]",
         ),
         channels=True,
-        epochs=5 if macs == 0.5 else 3,
+        epochs=epochs,
     )
 
 
