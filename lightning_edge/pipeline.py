@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_edge.callbacks import ExportArtifacts
+from lightning_edge.callbacks.base import callbacks_of
 from lightning_edge.config import dense_stage, recipe_hash
 from lightning_edge.export import export
 from lightning_edge.functional.energy import MacType
@@ -172,7 +173,7 @@ def _report(
     data: Any,
 ) -> None:
     """Measure the files on the test data, which nothing has read before, and write the report."""
-    exported = next(callback for callback in _callbacks(trainer) if isinstance(callback, ExportArtifacts))
+    exported = next(callback for callback in callbacks_of(trainer) if isinstance(callback, ExportArtifacts))
     dense_network, network = (find_network(model, exported.network) for model in (dense, compressed))
     example = (data.example_input,)
     files = {"dense": export(dense_network, folder / "baseline.onnx", example_inputs=example)}
@@ -234,10 +235,6 @@ def _history(checkpoint: Path, stage: str) -> list[EpochRecord]:
         EpochRecord(stage, int(row["epoch"]), row.get("val/error"), row["sparsity"], int(row["distinct_values"]))
         for row in epochs
     ]
-
-
-def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 @rank_zero_only

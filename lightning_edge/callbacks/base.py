@@ -75,7 +75,7 @@ class CompressionCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when a resumed run will draw another data order than the run that it goes on from."""
-        exact = any(isinstance(callback, ExactResume) for callback in _callbacks(trainer))
+        exact = any(isinstance(callback, ExactResume) for callback in callbacks_of(trainer))
         if self._resumed and not exact and self is compressing(trainer)[0]:
             rank_zero_warn(
                 "This run is resumed without ExactResume(): Lightning restores no random states, so data order,"
@@ -112,7 +112,7 @@ class CompressionCallback(L.Callback):
     def networks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[nn.Module]:
         """Yield the network, then its copy in every ``WeightAveraging`` callback of the trainer."""
         yield find_network(pl_module, self.network)
-        for callback in _callbacks(trainer):
+        for callback in callbacks_of(trainer):
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 yield find_network(callback._average_model.module, self.network)
 
@@ -183,18 +183,19 @@ def require_agreement(trainer: L.Trainer, tensors: Iterable[Tensor], *, what: st
         )
 
 
-def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """Return all callbacks of a trainer, in their order; Lightning sets the attribute without declaring it."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def compressing(trainer: L.Trainer) -> list[CompressionCallback]:
     """Return the compression callbacks of a trainer, in their order."""
-    return [callback for callback in _callbacks(trainer) if isinstance(callback, CompressionCallback)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, CompressionCallback)]
 
 
 def _warn_of_early_choices(trainer: L.Trainer) -> None:
     last = max(callback.decisions()[1] for callback in compressing(trainer))
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
             rank_zero_warn(
                 f"EarlyStopping may end the fit before epoch {last}, the last at which the network is compressed."

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, compressing, is_trial, require_agreement
+from lightning_edge.callbacks.base import CompressionCallback, callbacks_of, compressing, is_trial, require_agreement
 from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.projection import Projection
 from lightning_edge.callbacks.timing import Clock
@@ -315,8 +315,7 @@ class ChannelPruning(CompressionCallback):
 
     def _check_company(self, trainer: L.Trainer) -> None:
         """Refuse callbacks that would hold on to the wide shapes."""
-        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-        for callback in callbacks:
+        for callback in callbacks_of(trainer):
             if self.remove_epoch is not None and isinstance(callback, WeightAveraging):
                 raise ValueError(
                     "remove_epoch must be None with WeightAveraging, whose average has the wide shapes, got"
