@@ -71,9 +71,17 @@ class _ExportPackage(ModuleType):
     """The subpackage ``export`` that can also be called: as the public function of the same name."""
 
     def __call__(
-        self, module: "nn.Module", path: "str | Path", *, example_inputs: "tuple[Tensor, ...]", recipe_hash: str = ""
+        self,
+        module: "nn.Module",
+        path: "str | Path",
+        *,
+        example_inputs: "tuple[Tensor, ...]",
+        round_small: bool = True,
+        recipe_hash: str = "",
     ) -> "Path":
-        written: Path = self.export(module, path, example_inputs=example_inputs, recipe_hash=recipe_hash)
+        written: Path = self.export(
+            module, path, example_inputs=example_inputs, round_small=round_small, recipe_hash=recipe_hash
+        )
         return written
 
 

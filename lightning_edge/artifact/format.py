@@ -14,15 +14,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import zstandard
+
 from lightning_edge.functional.bytestream import ByteReader, EdgeFormatError
 
 MAGIC = b"EDGE"
-VERSION = 1
+VERSION = 2
 META, INDEX, TENSORS = 1, 2, 3
 NAMES = {META: "meta", INDEX: "index", TENSORS: "tensors"}
 MAX_BYTES = (1 << 31) - 1
 """Most bytes that a file may expand to: protobuf, and with it onnxruntime, reads no more."""
 _ENTRY = struct.Struct("<BII")
+_ZSTD_WINDOW = 1 << 23  # what level 19 uses
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def split_sections(data: bytes) -> list[Section]:
     version, count = reader.byte(), reader.byte()
     if version != VERSION:
         raise EdgeFormatError(
-            f"version must be {VERSION}, got {version}: read it with a later lightning_edge", offset=4
+            f"version must be {VERSION}, got {version}: read it with the lightning_edge that wrote it", offset=4
         )
     entries = [_ENTRY.unpack(reader.take(_ENTRY.size)) for _ in range(count)]
     end = reader.offset
@@ -118,3 +121,29 @@ def read_bytes(path: str | Path) -> bytes:
     if path.stat().st_size > MAX_BYTES:
         raise EdgeFormatError(f"a file must have at most {MAX_BYTES:,} bytes, got {path.stat().st_size:,}", offset=0)
     return path.read_bytes()
+
+
+def inflate(reader: ByteReader, *, limit: int) -> bytes:
+    """Return what the rest of ``reader`` holds compressed by zstd, at most ``limit`` bytes.
+
+    Raises:
+        EdgeFormatError: If it is damaged, or more than ``limit``.
+
+    >>> inflate(ByteReader(zstandard.compress(b"abc")), limit=3)
+    b'abc'
+    """
+    error = reader.error
+    stream = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+    parts, size = [], 0
+    step = min(max(limit >> 16, 16), 1024)  # up to 32 KB come out of a byte: half the limit, or 512 KB, too much
+    while reader.left and not stream.eof:
+        try:
+            parts.append(stream.decompress(reader.take(min(reader.left, step))))
+        except zstandard.ZstdError as failure:
+            raise error(f"zstd cannot read its stream: {failure}") from failure
+        size += len(parts[-1])
+        if size > limit:
+            raise error(f"at most {limit:,} bytes must come out of zstd, got more")
+    if reader.left or stream.unused_data or not stream.eof:
+        raise error("zstd's stream must end where its bytes end, got another end")
+    return b"".join(parts)

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_edge.artifact.format import INDEX, MAX_BYTES, META, TENSORS, Section, read_bytes, section_data
+from lightning_edge.artifact.codebooks import BFLOAT16
+from lightning_edge.artifact.format import INDEX, MAX_BYTES, META, TENSORS, Section, inflate, read_bytes, section_data
 from lightning_edge.artifact.format import split_sections as split
 from lightning_edge.artifact.tensors import (
-    BFLOAT16,
     DTYPES,
     PackedTensor,
     decode_tensor,
-    inflate,
     order0_bits,
     read_record,
 )

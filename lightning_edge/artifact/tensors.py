@@ -1,33 +1,33 @@
-"""One tensor as bytes and back, bit by bit: the smallest of several codecs.
+"""One tensor as bytes and back, bit by bit: the smallest of several codecs. `FORMAT.md` says what the bytes mean."""
 
-A record is: element type: u8 (ONNX's), number of dimensions: varint, each: varint, codec: u8, size: varint, payload.
-
-    constant  the one element
-    raw       the elements
-    zstd      the elements, compressed
-    half      float32 elements that are all float16 numbers, as float16
-    dense     codebook, then one code per element
-    sparse    codebook of what is not zero; the zeros before each such element as gaps; one code per such element
-
-A codebook is: values: varint, width: u8 (0 as they are, 1 float32 as float16), the values in ascending order of their
-bits. A gap of g zeros is g // e times the symbol e, then g % e, where e, the escape, is a byte of the payload; zeros at
-the end are not coded.
-"""
-
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
+from lightning_edge.artifact.codebooks import (
+    AS_HALF,
+    BFLOAT16,
+    CONSECUTIVE,
+    bits_of,
+    codebook_head,
+    codebook_values,
+    find_codebook,
+    from_half,
+    is_half,
+    read_codebook,
+    split_codebook,
+)
 from lightning_edge.artifact.format import MAX_BYTES
 from lightning_edge.functional.bytestream import ByteReader, varint
 from lightning_edge.functional.coding import decode_symbols, encode_symbols, entropy_bits, estimate
+from lightning_edge.functional.context_coding import context_decode
+from lightning_edge.functional.context_planning import MAX_CONTEXT_ALPHABET, context_encode
 from lightning_edge.functional.rans import MAX_ALPHABET
 
-BFLOAT16 = 16
 DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype("<f4"),
     2: np.dtype("u1"),
@@ -43,11 +43,10 @@ DTYPES: dict[int, np.dtype[Any]] = {
     13: np.dtype("<u8"),
     BFLOAT16: np.dtype("<u2"),  # numpy has no bfloat16: its bits
 }
-CODECS = ("constant", "raw", "zstd", "half", "dense", "sparse")
+CODECS = ("constant", "raw", "half", "planes", "dense", "sparse", "blocks", "context")
+_BLOCKS = (2, 4)
 _ESCAPES = (14, 30, 62, 126, 254)
 _MAX_DIMENSIONS = 64  # numpy has no more
-_ZSTD_WINDOW = 1 << 23  # what level 19 uses
-Bits = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,19 @@ class PackedTensor:
         return prod(self.shape)
 
 
-def encode_tensor(array: NDArray[Any], dtype: int) -> tuple[bytes, str]:
+def encode_tensor(array: NDArray[Any], dtype: int, *, adaptive: bool = True) -> tuple[bytes, str]:
     """Return the record of a tensor and the codec that was smallest.
 
     Args:
         array: Of the type that ``DTYPES`` has for ``dtype``.
         dtype: Element type of ONNX's TensorProto.
+        adaptive: Also try codes under adaptive contexts, which are smaller and slower to read.
 
     >>> encode_tensor(np.zeros((3, 4), np.float32), 1)[1]
     'constant'
     """
     flat = np.ascontiguousarray(array, dtype=DTYPES[dtype]).reshape(-1)
-    codec, payload = min(_candidates(flat), key=lambda pair: len(pair[1]))
+    codec, payload = min(_candidates(flat, array.shape, dtype, adaptive), key=lambda pair: len(pair[1]))
     shape = varint(array.ndim) + b"".join(varint(size) for size in array.shape)
     return bytes([dtype]) + shape + bytes([CODECS.index(codec)]) + varint(len(payload)) + payload, codec
 
@@ -121,15 +121,19 @@ def decode_tensor(record: PackedTensor) -> NDArray[Any]:
         flat = np.repeat(np.frombuffer(reader.take(dtype.itemsize), dtype), count)
     elif record.codec == "raw":
         flat = np.frombuffer(reader.take(count * dtype.itemsize), dtype)
-    elif record.codec == "zstd":
-        flat = _inflate(reader, count, dtype)
     elif record.codec == "half":
-        flat = _from_half(reader, count, dtype)
+        flat = from_half(reader, count, dtype)
+    elif record.codec == "planes":
+        flat = _decode_planes(reader, count, dtype)
     elif record.codec == "dense":
-        codebook = _read_codebook(reader, dtype)
+        codebook = read_codebook(reader, dtype)
         flat = codebook[decode_symbols(reader, count, len(codebook))]
-    else:
+    elif record.codec == "sparse":
         flat = _decode_sparse(reader, count, dtype)
+    elif record.codec == "blocks":
+        flat = _decode_blocks(reader, record.shape, dtype)
+    else:
+        flat = _decode_contexts(reader, record.shape, dtype)
     reader.end()
     return np.require(flat.reshape(record.shape), requirements="W")  # a view of the file cannot be written to
 
@@ -140,30 +144,88 @@ def order0_bits(array: NDArray[Any]) -> float:
     >>> order0_bits(np.array([0.0, 1.0, 0.0, 1.0]))
     1.0
     """
-    return entropy_bits(np.unique(_bits(array.reshape(-1)), return_counts=True)[1])
+    return entropy_bits(np.unique(bits_of(array.reshape(-1)), return_counts=True)[1])
 
 
-def _candidates(flat: NDArray[Any]) -> list[tuple[str, bytes]]:
-    raw = flat.tobytes()
-    bits = _bits(flat)
+def _candidates(flat: NDArray[Any], shape: tuple[int, ...], dtype: int, adaptive: bool) -> Iterator[tuple[str, bytes]]:
+    bits = bits_of(flat)
     if len(bits) and bool((bits == bits[0]).all()):
-        return [("constant", raw[: flat.itemsize])]
-    found = [("raw", raw)]
-    if len(raw) > 64:
-        found.append(("zstd", zstandard.ZstdCompressor(level=19, write_content_size=False).compress(raw)))
-    if flat.dtype == np.float32 and _is_half(flat):
-        found.append(("half", flat.astype("<f2").tobytes()))
-    values, codes, counts = np.unique(bits, return_inverse=True, return_counts=True)
-    if 1 < len(values) <= min(MAX_ALPHABET, len(bits) // 2):
-        codebook = values.view(flat.dtype)
-        found.append(("dense", _write_codebook(codebook) + encode_symbols(codes, len(values))))
-        if values[0] == 0 and 4 * counts[0] > len(bits):
-            found.append(("sparse", _encode_sparse(codes, codebook)))
-    return found
+        yield "constant", flat[:1].tobytes()
+        return
+    yield "raw", flat.tobytes()
+    if flat.dtype == np.float32 and is_half(flat):
+        yield "half", flat.astype("<f2").tobytes()
+    if len(bits) > 64:
+        yield "planes", _encode_planes(flat)
+    found = find_codebook(flat, dtype)
+    if found is None:
+        return
+    codebook, codes, zero = found
+    yield "dense", b"".join(split_codebook(codebook)) + encode_symbols(codes, len(codebook))
+    if codebook[zero : zero + 1].view(bits.dtype)[0] == 0 and 4 * np.count_nonzero(codes == zero) > len(bits):
+        yield "sparse", _encode_sparse(codes, codebook, zero)
+    for block in _BLOCKS:
+        if (coded := _encode_blocks(flat, codes, shape, block)) is not None:
+            yield "blocks", coded
+    if adaptive and len(codebook) <= MAX_CONTEXT_ALPHABET:
+        head, riders = split_codebook(codebook)
+        if (coded := context_encode(codes, shape, len(codebook), zero=zero, riders=riders)) is not None:
+            yield "context", head + coded
 
 
-def _encode_sparse(codes: NDArray[np.int64], codebook: NDArray[Any]) -> bytes:
-    places = np.flatnonzero(codes)
+def _encode_blocks(flat: NDArray[Any], codes: NDArray[np.int64], shape: tuple[int, ...], block: int) -> bytes | None:
+    """Return the tensor as codes of vectors of neighbours, if there are few different ones."""
+    if shape[-1] % block:
+        return None
+    vectors = codes[0::block]
+    for place in range(1, block):  # numbers of what has been seen so far stay small
+        _, vectors = np.unique(vectors * len(codes) + codes[place::block], return_inverse=True)
+    _, first, numbers = np.unique(vectors, return_index=True, return_inverse=True)
+    if not 1 < len(first) <= min(MAX_ALPHABET, len(vectors) // 4):
+        return None
+    head, values = split_codebook(flat.reshape(-1, block)[first].reshape(-1))
+    return bytes([block]) + head + values + encode_symbols(numbers, len(first))
+
+
+def _decode_blocks(reader: ByteReader, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    block = reader.byte()
+    if block not in _BLOCKS or not shape or shape[-1] % block:
+        raise reader.error(f"blocks must have one of the sizes {_BLOCKS} and fill rows, got {block} in shape {shape}")
+    codebook = read_codebook(reader, dtype, values=block * MAX_ALPHABET)
+    if len(codebook) % block:
+        raise reader.error(f"a codebook must hold whole blocks of {block}, got {len(codebook)} values")
+    numbers = decode_symbols(reader, prod(shape) // block, len(codebook) // block)
+    return codebook.reshape(-1, block)[numbers].reshape(-1)
+
+
+def _encode_planes(flat: NDArray[Any]) -> bytes:
+    planes = flat.view(np.uint8).reshape(len(flat), -1).T
+    coded = (encode_symbols(plane.astype(np.int64), 256) for plane in planes)
+    return b"".join(varint(len(part)) + part for part in coded)
+
+
+def _decode_planes(reader: ByteReader, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    planes = np.empty((count, dtype.itemsize), dtype=np.uint8)
+    for index in range(dtype.itemsize):
+        planes[:, index] = decode_symbols(reader.sub(reader.varint(limit=MAX_BYTES)), count, 256)
+    return planes.view(dtype).reshape(-1)
+
+
+def _decode_contexts(reader: ByteReader, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    size, width = codebook_head(reader, dtype)
+    if len(shape) < 2 or 0 in shape or size > MAX_CONTEXT_ALPHABET:
+        raise reader.error(f"only rows of up to {MAX_CONTEXT_ALPHABET} values can have contexts, got {shape}, {size}")
+    if width == CONSECUTIVE:
+        codebook = codebook_values(reader, size, width, dtype)
+        codes, _ = context_decode(reader, shape, size, riders=0)
+        return codebook[codes]
+    riders = size * (2 if width == AS_HALF else dtype.itemsize)
+    codes, values = context_decode(reader, shape, size, riders=riders)
+    return codebook_values(ByteReader(values, offset=reader.offset), size, width, dtype)[codes]
+
+
+def _encode_sparse(codes: NDArray[np.int64], codebook: NDArray[Any], zero: int) -> bytes:
+    places = np.flatnonzero(codes != zero)
     gaps = np.diff(places, prepend=-1) - 1
     fillers = {escape: gaps // escape for escape in _ESCAPES}
     costs = {}
@@ -176,13 +238,14 @@ def _encode_sparse(codes: NDArray[np.int64], codebook: NDArray[Any]) -> bytes:
     symbols = np.full(len(gaps) + int(full.sum()), escape, dtype=np.int64)
     symbols[np.cumsum(full + 1) - 1] = gaps % escape
     coded = encode_symbols(symbols, escape + 1)
-    values = encode_symbols(codes[places] - 1, len(codebook) - 1)
+    live = codes[places]
+    values = encode_symbols(live - (live > zero), len(codebook) - 1)
     head = varint(len(places)) + bytes([escape]) + varint(len(symbols)) + varint(len(coded))
-    return _write_codebook(codebook[1:]) + head + coded + values
+    return b"".join(split_codebook(np.delete(codebook, zero))) + head + coded + values
 
 
 def _decode_sparse(reader: ByteReader, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    codebook = _read_codebook(reader, dtype)
+    codebook = read_codebook(reader, dtype)
     live = reader.varint(limit=count)
     escape = reader.byte()
     if escape not in _ESCAPES:
@@ -203,70 +266,3 @@ def _decode_sparse(reader: ByteReader, count: int, dtype: np.dtype[Any]) -> NDAr
 def _stream(reader: ByteReader, *, limit: int) -> tuple[ByteReader, int]:
     count = reader.varint(limit=limit)
     return reader.sub(reader.varint(limit=MAX_BYTES)), count
-
-
-def _write_codebook(values: NDArray[Any]) -> bytes:
-    if values.dtype == np.float32 and _is_half(values):
-        return varint(len(values)) + b"\1" + values.astype("<f2").tobytes()
-    return varint(len(values)) + b"\0" + values.tobytes()
-
-
-def _read_codebook(reader: ByteReader, dtype: np.dtype[Any]) -> NDArray[Any]:
-    size, width = reader.varint(limit=MAX_ALPHABET), reader.byte()
-    if size == 0 or width > (1 if dtype == np.float32 else 0):
-        raise reader.error(f"a codebook must have values of {dtype}, got {size} of width {width}")
-    if width:
-        return _from_half(reader, size, dtype)
-    return np.frombuffer(reader.take(size * dtype.itemsize), dtype)
-
-
-def _from_half(reader: ByteReader, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    if dtype != np.float32:
-        raise reader.error(f"only float32 elements can be stored as float16, got {dtype}")
-    return np.frombuffer(reader.take(2 * count), "<f2").astype(dtype)
-
-
-def _inflate(reader: ByteReader, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    size = count * dtype.itemsize
-    data = inflate(reader, limit=size)
-    if len(data) != size:
-        raise reader.error(f"{size} bytes must come out of zstd, got {len(data)}")
-    return np.frombuffer(data, dtype)
-
-
-def inflate(reader: ByteReader, *, limit: int) -> bytes:
-    """Return what the rest of ``reader`` holds compressed by zstd, at most ``limit`` bytes.
-
-    Raises:
-        EdgeFormatError: If it is damaged, or more than ``limit``.
-
-    >>> inflate(ByteReader(zstandard.compress(b"abc")), limit=3)
-    b'abc'
-    """
-    error = reader.error
-    stream = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
-    parts, size = [], 0
-    step = min(max(limit >> 16, 16), 1024)  # up to 32 KB come out of a byte: half the limit, or 512 KB, too much
-    while reader.left and not stream.eof:
-        try:
-            parts.append(stream.decompress(reader.take(min(reader.left, step))))
-        except zstandard.ZstdError as failure:
-            raise error(f"zstd cannot read its stream: {failure}") from failure
-        size += len(parts[-1])
-        if size > limit:
-            raise error(f"at most {limit:,} bytes must come out of zstd, got more")
-    if reader.left or stream.unused_data or not stream.eof:
-        raise error("zstd's stream must end where its bytes end, got another end")
-    return b"".join(parts)
-
-
-def _is_half(values: NDArray[Any]) -> bool:
-    """Whether float16 holds every value exactly; not numbers keep their bits only in full."""
-    with np.errstate(over="ignore"):
-        back = values.astype("<f2").astype("<f4")
-    return bool((_bits(back) == _bits(values)).all()) and not bool(np.isnan(values).any())
-
-
-def _bits(flat: NDArray[Any]) -> Bits:
-    """The elements as unsigned integers: -0.0 is not 0.0, and every NaN is equal to itself."""
-    return np.ascontiguousarray(flat).view(f"u{flat.itemsize}")

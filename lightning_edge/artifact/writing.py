@@ -12,9 +12,10 @@ import zstandard
 from numpy.typing import NDArray
 
 import lightning_edge
+from lightning_edge.artifact.codebooks import BFLOAT16
 from lightning_edge.artifact.format import INDEX, META, TENSORS, join_sections
 from lightning_edge.artifact.reading import SAFETENSORS, write_atomically
-from lightning_edge.artifact.tensors import BFLOAT16, DTYPES, encode_tensor
+from lightning_edge.artifact.tensors import DTYPES, encode_tensor
 from lightning_edge.functional.bytestream import varint
 
 if TYPE_CHECKING:

@@ -36,6 +36,7 @@ class ExportArtifacts(L.Callback):
         name: Name of the files without suffix.
         min_agreement: Smallest fraction of validation rows whose label must be that of the trained module, in [0, 1].
         remove_dead_units: Remove dead units before the export; see ``remove_dead_units_``.
+        round_small: Round biases, norms and shared values to float16 in the packed file; see ``export``.
         recipe_hash: What the packed file says about the settings that made it.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
 
@@ -55,6 +56,7 @@ class ExportArtifacts(L.Callback):
         name: str = "model",
         min_agreement: float = 0.99,
         remove_dead_units: bool = True,
+        round_small: bool = True,
         recipe_hash: str = "",
         network: str | None = None,
     ) -> None:
@@ -65,7 +67,7 @@ class ExportArtifacts(L.Callback):
             raise ValueError(f"min_agreement must lie in [0, 1], a fraction of the rows, got {min_agreement}")
         self.folder, self.formats, self.name = Path(folder), tuple(formats), name
         self.min_agreement, self.recipe_hash, self.network = min_agreement, recipe_hash, network
-        self.remove_dead_units = remove_dead_units
+        self.remove_dead_units, self.round_small = remove_dead_units, round_small
         self.dead_units: DeadUnitsReport | None = None
         """After the fit, on rank zero: which units were removed before the export."""
         self.exported: nn.Module | None = None
@@ -145,7 +147,13 @@ class ExportArtifacts(L.Callback):
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as alone:
             path = Path(alone) / f"{self.name}.{suffix}"
             assert self.exported is not None
-            export(self.exported, path, example_inputs=example, recipe_hash=self.recipe_hash)
+            export(
+                self.exported,
+                path,
+                example_inputs=example,
+                round_small=self.round_small,
+                recipe_hash=self.recipe_hash,
+            )
             verification = verify(load_artifact(path), network, self._inputs(trainer, pl_module))
             try:
                 verification.check(path.name, min_agreement=self.min_agreement)

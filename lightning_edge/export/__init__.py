@@ -13,18 +13,26 @@ __all__ = ["SUFFIXES", "export"]
 
 
 def export(
-    module: "nn.Module", path: str | Path, *, example_inputs: "tuple[Tensor, ...]", recipe_hash: str = ""
+    module: "nn.Module",
+    path: str | Path,
+    *,
+    example_inputs: "tuple[Tensor, ...]",
+    round_small: bool = True,
+    recipe_hash: str = "",
 ) -> Path:
     """Write the network as one file that holds all it needs; the suffix of ``path`` says which kind.
 
-    A network under quantization-aware training is written as its int8 network, any other in float with every weight bit
-    for bit. The file appears whole or not at all, and the same network gives the same bytes.
+    A network under quantization-aware training is written as its int8 network, any other in float. ONNX and ExecuTorch
+    files hold every float weight bit for bit, a ``.edge`` file too, but for what ``round_small`` rounds. The file
+    appears whole or not at all, and the same network gives the same bytes.
 
     Args:
         module: The network. It is exported in evaluation mode and left as it was.
         path: Ends in ``.onnx`` (onnxruntime, any batch size), ``.pte`` (ExecuTorch on XNNPACK, batches up to
             ``export.executorch.MAX_BATCH``), or ``.edge`` (the ONNX model, entropy-coded).
         example_inputs: Positional inputs, batch first; they give types and sizes, their values do not matter.
+        round_small: In a ``.edge`` file, round biases, norms and the values of shared weights to float16 precision,
+            by at most one part in 2048: two bytes each instead of four. Other weights keep their bits.
         recipe_hash: Kept in a ``.edge`` file to say which settings made it.
 
     Returns:
@@ -48,12 +56,14 @@ def export(
         )
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         draft = Path(folder) / path.name
-        _write(module, draft, example_inputs, recipe_hash)
+        _write(module, draft, example_inputs, round_small, recipe_hash)
         draft.replace(path)
     return path
 
 
-def _write(module: "nn.Module", path: Path, example_inputs: "tuple[Tensor, ...]", recipe_hash: str) -> None:
+def _write(
+    module: "nn.Module", path: Path, example_inputs: "tuple[Tensor, ...]", round_small: bool, recipe_hash: str
+) -> None:
     # Imported here, so that reading a file needs no torch and writing ONNX no ExecuTorch.
     if path.suffix == ".pte":
         from lightning_edge.export.executorch import to_executorch
@@ -67,5 +77,8 @@ def _write(module: "nn.Module", path: Path, example_inputs: "tuple[Tensor, ...]"
         path.write_bytes(model.SerializeToString(deterministic=True))
         return
     from lightning_edge.artifact import pack
+    from lightning_edge.export.halves import round_small_
 
+    if round_small:
+        round_small_(model)
     pack(model, path, recipe_hash=recipe_hash)

@@ -8,7 +8,7 @@ from lightning_edge.functional.huffman import MAX_LENGTH, huffman_bytes, huffman
 from lightning_edge.functional.rans import MAX_ALPHABET, rans_bytes, rans_decode, rans_encode
 
 Symbols = NDArray[np.int64]
-CODERS = ("constant", "huffman", "rans")
+CODERS = ("constant", "huffman", "rans", "bytes")
 
 
 def encode_symbols(symbols: Symbols, alphabet: int) -> bytes:
@@ -30,7 +30,10 @@ def encode_symbols(symbols: Symbols, alphabet: int) -> bytes:
         return bytes([0]) + bytes([only & 0xFF, only >> 8] if alphabet > 256 else [only])
     if alphabet > MAX_ALPHABET:
         raise ValueError(f"alphabet must have at most {MAX_ALPHABET} symbols, got {alphabet}")
-    if estimate(counts) == huffman_bytes(counts):
+    size = estimate(counts)
+    if alphabet <= 256 and size >= len(symbols):
+        return bytes([3]) + symbols.astype(np.uint8).tobytes()
+    if size == huffman_bytes(counts):
         return bytes([1]) + huffman_encode(symbols, alphabet)
     return bytes([2]) + rans_encode(symbols, alphabet)
 
@@ -53,6 +56,12 @@ def decode_symbols(reader: ByteReader, count: int, alphabet: int) -> Symbols:
         return np.full(count, only, dtype=np.int64)
     if coder >= len(CODERS) or count == 0 or not 1 < alphabet <= MAX_ALPHABET:
         raise reader.error(f"coder {coder} of {alphabet} symbols is unknown: the file may be of a later version")
+    if coder == 3:
+        plain = np.frombuffer(reader.take(count), dtype=np.uint8).astype(np.int64)
+        reader.end()
+        if int(plain.max()) >= alphabet:
+            raise reader.error(f"a symbol must lie below {alphabet}, got {int(plain.max())}")
+        return plain
     return huffman_decode(reader, count, alphabet) if coder == 1 else rans_decode(reader, count, alphabet)
 
 

@@ -1,15 +1,26 @@
 import struct
+import tracemalloc
 import zlib
 
 import pytest
+import zstandard
 
-from lightning_edge.artifact.format import INDEX, META, TENSORS, join_sections, read_bytes, section_data, split_sections
-from lightning_edge.functional.bytestream import EdgeFormatError
+from lightning_edge.artifact.format import (
+    INDEX,
+    META,
+    TENSORS,
+    inflate,
+    join_sections,
+    read_bytes,
+    section_data,
+    split_sections,
+)
+from lightning_edge.functional.bytestream import ByteReader, EdgeFormatError
 
 FILE = join_sections({META: b"0.1", INDEX: b"index", TENSORS: b""})
 
 
-def header(*entries, version=1, magic=b"EDGE", count=None):
+def header(*entries, version=2, magic=b"EDGE", count=None):
     """A header that says anything, with the right checksum."""
     data = magic + bytes([version, len(entries) if count is None else count])
     data += b"".join(struct.pack("<BII", *entry) for entry in entries)
@@ -18,7 +29,7 @@ def header(*entries, version=1, magic=b"EDGE", count=None):
 
 def test_the_layout_is_that_of_the_description():
     entry = struct.pack("<BII", 1, 3, zlib.crc32(b"0.1"))
-    start = b"EDGE" + b"\x01\x01" + entry
+    start = b"EDGE" + b"\x02\x01" + entry
     assert join_sections({META: b"0.1"}) == start + struct.pack("<I", zlib.crc32(start)) + b"0.1"
 
 
@@ -55,7 +66,7 @@ def test_every_flipped_bit_is_found():
     [
         (b"", "4 bytes are announced, 0 are left, at byte 0"),
         (b"PK\x03\x04more", "a .edge file must start with b'EDGE', got b'PK.x03.x04', at byte 0"),
-        (header(version=2), "version must be 1, got 2: read it with a later lightning_edge, at byte 4"),
+        (header(version=1), "version must be 2, got 1: read it with the lightning_edge that wrote it, at byte 4"),
         (header(count=255), "9 bytes are announced, 4 are left"),
         (header()[:-1] + b"\xff", "the header does not match its checksum: the file is damaged, at byte 6"),
         (header((META, 0, 0), (META, 0, 0)), "a section must occur once, got one twice"),
@@ -65,6 +76,32 @@ def test_every_flipped_bit_is_found():
 def test_a_hostile_header_is_refused(data, message):
     with pytest.raises(EdgeFormatError, match=message):
         split_sections(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (zstandard.compress(bytes(17)), "at most 16 bytes must come out of zstd"),
+        (zstandard.compress(bytes(16)) + b"x", "zstd's stream must end where its bytes end"),
+        (zstandard.compress(bytes(16))[:-1], "zstd's stream must end where its bytes end"),
+        (b"nonsense", "zstd cannot read its stream"),
+        (b"", "zstd's stream must end"),
+    ],
+)
+def test_a_hostile_stream_of_zstd_is_refused(data, message):
+    with pytest.raises(EdgeFormatError, match=message):
+        inflate(ByteReader(data), limit=16)
+
+
+def test_a_bomb_of_zstd_is_stopped_near_its_limit():
+    bomb = zstandard.ZstdCompressor(level=19).compress(bytes(300_000_000))
+    assert len(bomb) < 30_000
+    tracemalloc.start()
+    with pytest.raises(EdgeFormatError, match="at most 1,000 bytes must come out of zstd, got more"):
+        inflate(ByteReader(bomb), limit=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 1 << 20
 
 
 def test_a_section_that_is_missing_or_damaged_is_named_with_its_place():

@@ -18,6 +18,13 @@ LIMIT = 1 << 20
 READERS = (read_tensors, inspect, onnx_bytes)
 
 
+def smooth(rng, shape):
+    """Kernels whose neighbours are alike, of few values."""
+    rough = rng.normal(size=shape) * np.exp(rng.normal(size=(shape[0], 1, 1, 1)))
+    rough = rough + np.roll(rough, 1, 2) + np.roll(rough, 1, 3)
+    return (np.clip(np.round(2 * rough), -7, 7) / 3).astype(np.float32)
+
+
 def make_tensors():
     """One small tensor for each codec, and one for each coder of symbols."""
     rng = np.random.default_rng(0)
@@ -28,12 +35,17 @@ def make_tensors():
     return {
         "constant": np.full((3, 50), np.nan, np.float32),
         "raw": rng.normal(size=(4, 5)).astype(np.float32),
-        "zstd": np.arange(200, dtype=np.int16),
+        "planes": np.arange(200, dtype=np.int16),
         "half": rng.normal(size=20).astype(np.float16).astype(np.float32),
         "dense huffman": rng.integers(0, 4, 500).astype(np.int8),
         "dense rans": (rng.random(2000) < 0.1).astype(np.uint8) + (rng.random(2000) < 0.05).astype(np.uint8),
         "sparse": runs,
         "sparse of one value": ternary,
+        "blocks": np.float32([[0.5, -1.25], [2.0, 3.5], [-0.75, 0.3]])[rng.integers(0, 3, (20, 8))].reshape(20, 16),
+        "context": smooth(rng, (16, 8, 3, 3)),
+        "context of a mask": np.where(
+            rng.random((16, 100)) < rng.random((16, 1)), 0, smooth(rng, (16, 4, 5, 5)).reshape(16, 100)
+        ),
         "empty": np.zeros((0, 3), np.float32),
     }
 

@@ -16,9 +16,9 @@ def test_each_file_computes_what_the_trained_module_computes(fit, tmp_path, digi
     task, _ = fit(WeightPruning(0.8, end_epoch=1), WeightSharing(6, at_epochs=[2]), export)
     images = next(iter(digits_loaders()[1]))[0]
     expected = task.eval()(images).detach().numpy()
-    for suffix in ("edge", "onnx"):
+    for suffix, tolerance in (("edge", 2e-2), ("onnx", 1e-4)):  # small tensors of the packed file are float16
         np.testing.assert_allclose(
-            load_artifact(tmp_path / "out" / f"net.{suffix}")(images.numpy()), expected, atol=1e-4
+            load_artifact(tmp_path / "out" / f"net.{suffix}")(images.numpy()), expected, atol=tolerance
         )
         assert (export.verifications[suffix].agreeing, export.verifications[suffix].rows) == (64, 64)
     found = inspect(tmp_path / "out" / "net.edge")

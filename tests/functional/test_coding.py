@@ -64,7 +64,7 @@ def test_entropy_is_that_of_the_shares():
         (b"\x00\x02", 1, 2, "a symbol must lie below 2, got 2"),
         (b"\x00\x01\x00", 1, 2, "1 bytes are left over"),
         (b"\x00\x01", 1, 300, "1 bytes are announced, 0 are left"),
-        (b"\x03\x01", 1, 2, "coder 3 of 2 symbols is unknown"),
+        (b"\x04\x01", 1, 2, "coder 4 of 2 symbols is unknown"),
         (b"\x01\x01", 0, 2, "coder 1 of 2 symbols is unknown"),
         (b"\x02\x06\x00\x01", 1, 1, "coder 2 of 1 symbols is unknown"),
         (b"\x01" + b"\0" * 9000, 1, 8193, "coder 1 of 8193 symbols is unknown"),
