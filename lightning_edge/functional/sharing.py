@@ -2,8 +2,10 @@
 
 The weights are read a few times, whatever the number of clusters: once into a fine histogram (counts and sums), on
 which Lloyd's iterations cost a search of k boundaries each, once for the exact assignment and once for the exact means.
+All of it happens in chunks: beyond the codes and the histogram, no copy of the values is made.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,19 +13,39 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_edge.functional.floats import sortable_bits
+from lightning_edge.functional.partition import optimal_centroids
+from lightning_edge.functional.rate import (
+    IMPORTANCE_CLASSES,
+    Cells,
+    Importance,
+    add_by,
+    assign_1d,
+    check_rate,
+    chunks,
+    code_lengths,
+    log_bins,
+    rate_aware,
+)
+
+__all__ = ["INITS", "Init", "assign_1d", "check_clusters", "check_init", "cluster_means", "code_lengths", "kmeans_1d"]
 
 Init = Literal["linear", "density", "random", "kmeans++", "optimal"]
 INITS: tuple[Init, ...] = ("linear", "density", "random", "kmeans++", "optimal")
 Floats = NDArray[np.float64]
 
 _FINE_SHIFT = 14  # keys of 18 bits: 512 bins to each power of two
-_COARSE_BINS = 1 << 11
+_CLASS_SHIFT = 16  # fewer where every bin is held once for each class of importance
 _MAX_ITERATIONS = 1000
 
 
 def kmeans_1d(
-    values: Tensor, clusters: int, *, init: Init = "linear", generator: torch.Generator | None = None
+    values: Tensor,
+    clusters: int,
+    *,
+    init: Init = "linear",
+    weights: Tensor | None = None,
+    rate: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cluster scalars: return the sorted centroids and the index of each value's centroid.
 
@@ -35,42 +57,57 @@ def kmeans_1d(
     * ``"density"``: equally spaced quantiles (same paper);
     * ``"random"``: values drawn without replacement; ``"kmeans++"``: Arthur and Vassilvitskii 2007, drawn by squared
       distance. Both need ``generator`` for repeatable results;
-    * ``"optimal"``: the least squared error over a coarse histogram, by dynamic programming with divide and conquer
-      (the monotone splits of Wang and Song 2011, "Ckmeans.1d.dp").
+    * ``"optimal"``: the least squared error over a histogram, by dynamic programming.
+
+    With a ``rate`` the clusters are rate-aware (entropy-constrained quantization: Chou, Lookabaugh, Gray 1989): a value
+    takes the centroid of least ``weight * (value - centroid)**2 + rate * bits``, where the bits are -log2 of the share
+    of all values in that cluster (counted, not weighted), and assignment, means and code lengths alternate until they
+    stand still. Clusters that run empty disappear: give many clusters, and the rate decides how many are worth it.
+    ``"linear"`` is the start for that: with entropy coding, equal steps are near the best.
+
+    Memory beyond ``values``: the codes (4 bytes a value), a copy if ``values`` is not contiguous, and a few MB.
 
     Args:
         values: Finite numbers, any shape, not empty.
         clusters: Largest number of centroids, >= 1.
         init: Where the centroids start.
+        weights: Importance of each value, >= 0, shape of ``values`` (squared gradients, say); all zero counts as equal.
+        rate: Price of one bit in the unit of the weighted squared error, >= 0.
         generator: Source of the random draws.
 
     Returns:
-        Centroids in ascending order, shape (k,) with k <= ``clusters`` (fewer when there are fewer distinct values),
-        dtype of ``values``; and int32 codes of the shape of ``values``: the index of the nearest centroid.
+        Centroids in ascending order, shape (k,) with k <= ``clusters`` (fewer when there are fewer distinct values or
+        the rate left fewer), dtype of ``values``; and int32 codes of the shape of ``values``. Without a rate a code is
+        the index of the nearest centroid.
 
     Raises:
-        ValueError: If ``values`` is empty or not finite, ``clusters`` is below 1 or ``init`` is unknown.
+        ValueError: If ``values`` is empty or not finite, ``clusters`` is below 1, ``init`` is unknown, or ``weights``
+            or ``rate`` is out of its range.
 
     >>> kmeans_1d(torch.tensor([0.0, 0.2, 5.0, 5.2]), 2)
     (tensor([0.1000, 5.1000]), tensor([0, 0, 1, 1], dtype=torch.int32))
     """
     check_clusters(clusters)
     check_init(init)
+    check_rate(rate)
     flat = values.detach().flatten()
     if flat.numel() == 0:
         raise ValueError("values must not be empty, got a tensor of no elements")
-    keys = sortable_bits(flat, what="values")
+    importance = None if weights is None else Importance(weights, values)
+    cells = _histogram(flat, importance, by_class=rate > 0.0)
     distinct = _few_distinct(flat, clusters)
-    if distinct is not None:
-        centroids = distinct
+    if distinct is not None and rate == 0.0:
+        return distinct, torch.bucketize(flat, distinct, out_int32=True).view(values.shape)
+    points, mass = _merge_classes(cells)
+    start = _initial(points, mass, clusters, init, generator)
+    if rate > 0.0:
+        price = rate if importance is None else rate / importance.largest
+        centroids, lengths = (torch.from_numpy(found) for found in rate_aware(cells, start, price))
+        codes = assign_1d(flat, centroids, bits=lengths, rate=rate, weights=weights)
     else:
-        points, counts = _histogram(flat, keys)
-        start = _initial(points, counts, clusters, init, generator)
-        centroids = torch.from_numpy(_lloyd(points, counts, start)).to(flat)
-    boundaries = (centroids[1:] + centroids[:-1]) / 2
-    codes = torch.bucketize(flat, boundaries, out_int32=True)
-    if distinct is None:
-        centroids, codes = _exact_means(flat, codes, len(centroids))
+        centroids = torch.from_numpy(_lloyd(points, mass, start))
+        codes = assign_1d(flat, centroids)
+    centroids, codes = _exact_means(flat, codes, len(centroids), importance)
     return centroids, codes.view(values.shape)
 
 
@@ -92,34 +129,80 @@ def check_init(init: str) -> None:
         raise ValueError(f"init must be one of {list(INITS)}, got {init!r}")
 
 
-def cluster_means(values: Tensor, codes: Tensor, clusters: int) -> Tensor:
+def cluster_means(values: Tensor, codes: Tensor, clusters: int, *, weights: Tensor | None = None) -> Tensor:
     """Return the mean of ``values`` in each cluster, summed in float64, shape (clusters,); 0 for an empty cluster.
+
+    With ``weights``, importances >= 0 in the shape of ``values``, the weighted mean; a cluster whose weights are all
+    zero has its plain mean.
 
     >>> cluster_means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2)
     tensor([2., 5.], dtype=torch.float64)
     """
-    flat, index = values.flatten().double(), codes.flatten()
-    counts = torch.bincount(index, minlength=clusters)
-    if flat.is_cuda:  # bincount adds up in the order of the threads there: sort, so that every rank gets the same bits
-        return torch.segment_reduce(flat[index.argsort(stable=True)], "sum", lengths=counts) / counts.clamp(min=1)
-    return torch.bincount(index, weights=flat, minlength=clusters) / counts.clamp(min=1)
+    importance = None if weights is None else Importance(weights, values)
+    return _means(values.flatten(), codes.flatten(), clusters, importance)[0]
+
+
+def _means(flat: Tensor, index: Tensor, clusters: int, importance: Importance | None) -> tuple[Tensor, Tensor]:
+    """Return the mean and the mass (number or summed importance) of each cluster."""
+    sums, mass = torch.zeros(2, clusters, dtype=torch.float64, device=flat.device)
+    for part in chunks(flat):
+        value, code = flat[part].double(), index[part]
+        weight = None if importance is None else importance(part)
+        add_by(mass, code, weight)
+        add_by(sums, code, value if weight is None else value * weight)
+    return torch.where(mass > 0, sums / mass, 0.0), mass
 
 
 def _few_distinct(flat: Tensor, clusters: int) -> Tensor | None:
-    """Return the distinct values when there are no more than ``clusters``, seen cheaply on a sample first."""
-    if len(torch.unique(flat[: 4 * clusters + 64])) > clusters:
-        return None
-    distinct = torch.unique(flat)
-    return distinct if len(distinct) <= clusters else None
+    """Return the distinct values when there are no more than ``clusters``; the first chunk mostly tells."""
+    distinct = flat[:0]
+    for part in (slice(0, 4 * clusters + 64), *chunks(flat)):
+        distinct = torch.unique(torch.cat([distinct, flat[part]]))
+        if len(distinct) > clusters:
+            return None
+    return distinct
 
 
-def _histogram(flat: Tensor, keys: Tensor) -> tuple[Floats, Floats]:
-    """Return the mean and the count of every bin that is not empty, in ascending order."""
-    index = (keys >> _FINE_SHIFT) + (1 << 31 - _FINE_SHIFT)
-    counts = torch.bincount(index).cpu().numpy().astype(np.float64)
-    sums = torch.bincount(index, weights=flat.double()).cpu().numpy()
-    filled = counts > 0
-    return sums[filled] / counts[filled], counts[filled]
+def _histogram(flat: Tensor, importance: Importance | None, *, by_class: bool) -> list[Cells]:
+    """Return the bins that are not empty, in ascending order: one list, or one for each class of importance."""
+    classes = IMPORTANCE_CLASSES if by_class and importance is not None else 1
+    shift = _FINE_SHIFT if classes == 1 else _CLASS_SHIFT
+    bins, numbers = 1 << 32 - shift, None
+    if classes > 1:  # number the bins that occur, so that their classes take little memory
+        seen = torch.zeros(bins, dtype=torch.bool, device=flat.device)
+        for part in chunks(flat):
+            seen[log_bins(flat[part], shift)] = True
+        numbers, bins = seen.cumsum(0) - 1, int(seen.sum())
+    # numpy's zeros cost nothing where no value falls, and start no threads.
+    counts, mass, moment = (torch.from_numpy(np.zeros(bins * classes)).to(flat.device) for _ in range(3))
+    for part in chunks(flat):
+        cell, value = log_bins(flat[part], shift), flat[part].double()
+        if importance is not None:
+            weight = importance(part)
+            if numbers is not None:
+                cell = numbers[cell] * classes + importance.classes(weight)
+            add_by(mass, cell, weight)
+            value *= weight
+        add_by(counts, cell)
+        add_by(moment, cell, value)
+    mass = counts if importance is None else mass
+    columns = zip(*(table.cpu().numpy().reshape(bins, classes).T for table in (counts, mass, moment)), strict=True)
+    return [_cells(*column) for column in columns if column[0].any()]
+
+
+def _cells(counts: Floats, mass: Floats, moment: Floats) -> Cells:
+    filled = np.flatnonzero(counts)
+    counts, mass = counts[filled], mass[filled]
+    return Cells(float(mass.sum() / counts.sum()), moment[filled] / mass, counts, mass)
+
+
+def _merge_classes(cells: Sequence[Cells]) -> tuple[Floats, Floats]:
+    """Return the points of all classes in ascending order, and their mass."""
+    if len(cells) == 1:
+        return cells[0].points, cells[0].mass
+    points, position = np.unique(np.concatenate([cell.points for cell in cells]), return_inverse=True)
+    mass = np.bincount(position, weights=np.concatenate([cell.mass for cell in cells]))
+    return points, mass.astype(np.float64)
 
 
 def _initial(points: Floats, counts: Floats, clusters: int, init: Init, generator: torch.Generator | None) -> Floats:
@@ -132,7 +215,7 @@ def _initial(points: Floats, counts: Floats, clusters: int, init: Init, generato
         density: Floats = points[np.searchsorted(np.cumsum(counts), quantiles)]
         return density
     if init == "optimal":
-        return _optimal(*_merge_bins(points, counts, max(_COARSE_BINS, 4 * clusters)), clusters)
+        return optimal_centroids(points, counts, clusters)
     if init == "random":
         picked = torch.multinomial(torch.from_numpy(counts), clusters, generator=generator).numpy()
         return points.take(np.sort(picked))
@@ -148,79 +231,6 @@ def _kmeans_plus_plus(points: Floats, counts: Floats, clusters: int, generator: 
         distance = np.minimum(distance, (points - chosen[-1]) ** 2)
         weight = counts * distance
     return np.sort(np.array(chosen))
-
-
-def _merge_bins(points: Floats, counts: Floats, bins: int) -> tuple[Floats, Floats]:
-    """Merge neighbours into at most ``bins`` points of about equal share of the cube root of the density.
-
-    The best centroids of many clusters are dense like the cube root of the density (Panter and Dite 1951): so the
-    tails keep their resolution, which equal counts would take from them, and the centre too, unlike equal widths.
-    """
-    if len(points) <= bins:
-        return points, counts
-    width = np.gradient(points)
-    share = np.cumsum(np.cbrt(counts / width) * width)
-    group = np.minimum((share / share[-1] * bins).astype(np.int64), bins - 1)
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
-    merged = np.add.reduceat(counts, starts)
-    return np.add.reduceat(points * counts, starts) / merged, merged
-
-
-def _optimal(points: Floats, counts: Floats, clusters: int) -> Floats:
-    """Return the centroids of the partition of sorted points with the least squared error.
-
-    cost[j] = min over i <= j of (cost of i..j as one cluster) + (previous cost[i - 1]); the best i never falls when j
-    rises, so each row is solved for the middle j of all open ranges at once, level by level: O(k n log n), in numpy.
-    """
-    n = len(points)
-    centred = points - np.average(points, weights=counts)  # against cancellation in the second moments
-    w, m, q = (np.concatenate([[0.0], np.cumsum(counts * centred**p)]) for p in range(3))
-    cost = q[1:] - m[1:] ** 2 / w[1:]
-    splits = np.zeros((clusters, n), dtype=np.int32)
-    for k in range(1, clusters):
-        cost, splits[k] = _next_row(np.concatenate([[0.0], cost]), splits[k - 1], w, m, q)
-    edges = np.zeros(clusters + 1, dtype=np.int64)
-    edges[clusters] = n
-    for k in range(clusters - 1, 0, -1):
-        edges[k] = splits[k, edges[k + 1] - 1]
-    first, last = edges[:-1], edges[1:]
-    full = last > first
-    means: Floats = (m[last] - m[first])[full] / (w[last] - w[first])[full]
-    return means + np.average(points, weights=counts)
-
-
-def _next_row(
-    before: Floats, least_split: NDArray[np.int32], w: Floats, m: Floats, q: Floats
-) -> tuple[Floats, NDArray[np.int32]]:
-    n = len(before) - 1
-    cost, split = np.empty(n), np.zeros(n, dtype=np.int32)
-    # One level: open ranges of ends j, each with the range of starts i that its best split can have.
-    lo_j, hi_j, lo_i, hi_i = (np.array([v]) for v in (0, n - 1, 0, n - 1))
-    while len(lo_j):
-        j = (lo_j + hi_j) // 2
-        first = np.maximum(lo_i, least_split[j])  # with one cluster more, the last one starts no earlier
-        length = np.minimum(hi_i, j) - first + 1
-        starts = np.concatenate([[0], np.cumsum(length)[:-1]])
-        i = np.arange(length.sum()) - np.repeat(starts - first, length)
-        end = np.repeat(j + 1, length)
-        weight, moment = w[end] - w[i], m[end] - m[i]
-        value = before[i] + (q[end] - q[i]) - moment * moment / weight
-        least = np.minimum.reduceat(value, starts)
-        hits = np.flatnonzero(value == np.repeat(least, length))
-        owner = np.searchsorted(starts, hits, side="right") - 1
-        best = i[hits[np.searchsorted(owner, np.arange(len(j)))]]
-        cost[j], split[j] = least, best
-        left, right = lo_j < j, j < hi_j
-        lo_j, hi_j, lo_i, hi_i = (
-            np.concatenate(pair)
-            for pair in (
-                (lo_j[left], j[right] + 1),
-                (j[left] - 1, hi_j[right]),
-                (lo_i[left], best[right]),
-                (best[left], hi_i[right]),
-            )
-        )
-    return cost, split
 
 
 def _lloyd(points: Floats, counts: Floats, centroids: Floats) -> Floats:
@@ -253,10 +263,15 @@ def _split_worst(centroids: Floats, error: Floats, weight: Floats, count: int) -
     return np.unique(np.concatenate([moved, centroids[worst] + spread]))
 
 
-def _exact_means(flat: Tensor, codes: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Return the means of the assigned values and codes without the clusters that took none."""
-    counts = torch.bincount(codes, minlength=clusters)
-    used = counts > 0
-    means = cluster_means(flat, codes, clusters).to(flat.dtype)
-    renumber = (used.cumsum(0) - 1).to(torch.int32)
-    return means[used], renumber[codes] if not bool(used.all()) else codes
+def _exact_means(flat: Tensor, codes: Tensor, clusters: int, importance: Importance | None) -> tuple[Tensor, Tensor]:
+    """Return the means of the assigned values in ascending order, without the clusters that took none."""
+    exact, mass = _means(flat, codes, clusters, importance)
+    means, used = exact.to(flat.dtype), mass.nonzero().flatten()
+    order = used[means[used].argsort(stable=True)]
+    if torch.equal(order, torch.arange(clusters, device=order.device)):
+        return means, codes
+    renumber = torch.zeros(clusters, dtype=torch.int32, device=codes.device)
+    renumber[order] = torch.arange(len(order), dtype=torch.int32, device=codes.device)
+    for part in chunks(codes):
+        codes[part] = renumber.index_select(0, codes[part])
+    return means[order], codes

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from lightning_edge.functional.sharing import INITS, _optimal, cluster_means, kmeans_1d
+from lightning_edge.functional.partition import _cumulative, _errors, _exact_edges, optimal_centroids
+from lightning_edge.functional.sharing import (
+    INITS,
+    _exact_means,
+    cluster_means,
+    kmeans_1d,
+)
 
 
 def inertia(values, centroids, codes):
@@ -48,7 +54,7 @@ def test_the_optimal_start_is_the_best_of_all_partitions(points, clusters, seed)
     clusters = min(clusters, len(points))
     sorted_points = np.sort(np.array(points, dtype=np.float64))
     counts = np.random.default_rng(seed).integers(1, 5, len(points)).astype(np.float64)
-    centroids = _optimal(sorted_points, counts, clusters)
+    centroids = optimal_centroids(sorted_points, counts, clusters)
     error = float((counts * ((sorted_points[:, None] - centroids) ** 2).min(1)).sum())
     assert error == pytest.approx(least_inertia(sorted_points, counts, clusters), rel=1e-9, abs=1e-9)
 
@@ -60,11 +66,81 @@ def test_inertia_of_the_optimal_start_is_not_above_that_of_scikit_learn(clusters
     assert inertia(values, *kmeans_1d(values, clusters, init="optimal")) <= peer.inertia_
 
 
-def test_heavy_tails_leave_no_cluster_empty():
-    values = torch.cat([torch.randn(10_000) * 0.01, torch.tensor([-100.0, 100.0])])
-    centroids, codes = kmeans_1d(values, 32)
-    assert len(centroids) == 32
-    assert len(codes.unique()) == 32
+@pytest.mark.parametrize("clusters", [24, 100])
+def test_the_optimal_start_is_within_half_a_percent_of_the_exact_one_on_heavy_tails(clusters):
+    normal = torch.randn(4, 2500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = normal[0] / normal[1:].square().mean(0).sqrt()  # Student's t with 3 degrees of freedom
+    points = values.unique().numpy()
+    w, m, q = _cumulative(points, np.ones(len(points)))
+    edges = _exact_edges(w, m, q, clusters)
+    exact = float(_errors(edges[:-1], edges[1:], w, m, q).sum())
+    assert inertia(values, *kmeans_1d(values, clusters, init="optimal")) <= 1.005 * exact
+
+
+def test_weighted_means_and_codes_are_those_of_repeated_values():
+    values = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    times = torch.randint(1, 6, (500,), generator=torch.Generator().manual_seed(1))
+    centroids, codes = kmeans_1d(values, 8, init="optimal", weights=times * 0.25)
+    repeated, repeated_codes = kmeans_1d(values.repeat_interleave(times), 8, init="optimal")
+    torch.testing.assert_close(centroids, repeated)
+    assert torch.equal(codes.repeat_interleave(times), repeated_codes)
+
+
+def test_weights_draw_the_centroids_to_what_matters():
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(3000, generator=torch.Generator().manual_seed(1)) ** 4
+
+    def weighted_error(centroids, codes):
+        return float((weights * (values - centroids[codes]).square()).sum())
+
+    aware = weighted_error(*kmeans_1d(values, 8, init="optimal", weights=weights))
+    assert aware < 0.995 * weighted_error(*kmeans_1d(values, 8, init="optimal"))
+
+
+def test_a_mean_over_no_importance_is_the_plain_mean():
+    values, codes = torch.tensor([1.0, 3.0, 5.0, 9.0]), torch.tensor([0, 0, 1, 1])
+    weights = torch.tensor([0.0, 0.0, 1.0, 3.0])
+    assert cluster_means(values, codes, 2, weights=weights).tolist() == [2.0, pytest.approx(8.0)]
+
+
+def test_means_that_changed_places_are_sorted_and_unused_codes_dropped():
+    values, codes = torch.tensor([5.0, 1.0, 3.0, 5.0]), torch.tensor([0, 3, 1, 0], dtype=torch.int32)
+    centroids, codes = _exact_means(values, codes, 4, None)
+    assert centroids.tolist() == [1.0, 3.0, 5.0]
+    assert codes.tolist() == [2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [7, 40_000])
+def test_neighbouring_floats_stay_two_values(size):
+    low = torch.tensor(0.1)
+    values = torch.stack([low, torch.nextafter(low, torch.tensor(1.0))]).repeat(size)
+    centroids, codes = kmeans_1d(values, 2)
+    assert torch.equal(centroids[codes], values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_values_is_kept(dtype):
+    values = torch.randn(40_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    centroids, codes = kmeans_1d(values, 8)
+    assert centroids.dtype == dtype
+    distance = (values[:, None].double() - centroids.double()).abs()
+    assert bool((distance.gather(1, codes.long()[:, None])[:, 0] <= distance.min(1).values + 0.02).all())
+
+
+@pytest.mark.parametrize("clusters", [16, 32, 100])
+@pytest.mark.parametrize("outlier", [100.0, 1e4])
+@pytest.mark.parametrize("init", ["linear", "optimal"])
+def test_heavy_tails_leave_no_cluster_empty(init, outlier, clusters):
+    body = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 0.01
+    centroids, codes = kmeans_1d(torch.cat([body, torch.tensor([-outlier, outlier])]), clusters, init=init)
+    assert len(centroids) == len(codes.unique()) == clusters
+
+
+def test_outliers_cost_the_optimal_start_two_clusters_and_no_more():
+    body = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 0.01
+    alone = inertia(body, *kmeans_1d(body, 30, init="optimal"))
+    values = torch.cat([body, torch.tensor([-100.0, 100.0])])
+    assert inertia(values, *kmeans_1d(values, 32, init="optimal")) <= 1.005 * alone
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -90,14 +166,17 @@ def test_cluster_means_match_a_loop_and_empty_clusters_are_zero():
 
 
 @pytest.mark.parametrize(
-    ("values", "clusters", "init", "message"),
+    ("values", "clusters", "options", "message"),
     [
-        (torch.empty(0), 2, "linear", "values must not be empty"),
-        (torch.tensor([1.0, float("nan")]), 2, "linear", "values must be finite"),
-        (torch.ones(3), 0, "linear", "clusters must be a whole number >= 1.*got 0"),
-        (torch.ones(3), 2, "best", "init must be one of .*'optimal'.*got 'best'"),
+        (torch.empty(0), 2, {}, "values must not be empty"),
+        (torch.tensor([1.0, float("nan")]), 2, {}, "values must be finite"),
+        (torch.ones(3), 0, {}, "clusters must be a whole number >= 1.*got 0"),
+        (torch.ones(3), 2, {"init": "best"}, "init must be one of .*'optimal'.*got 'best'"),
+        (torch.ones(3), 2, {"rate": -0.5}, "rate must be a finite number >= 0.*got -0.5"),
+        (torch.ones(3), 2, {"weights": torch.ones(2)}, r"weights must have the shape of values, \(3,\), got \(2,\)"),
+        (torch.ones(2), 2, {"weights": torch.tensor([1.0, float("nan")])}, "weights must be finite and >= 0"),
     ],
 )
-def test_bad_input_is_named(values, clusters, init, message):
+def test_bad_input_is_named(values, clusters, options, message):
     with pytest.raises(ValueError, match=message):
-        kmeans_1d(values, clusters, init=init)
+        kmeans_1d(values, clusters, **options)
