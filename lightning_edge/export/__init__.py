@@ -23,8 +23,9 @@ def export(
     """Write the network as one file that holds all it needs; the suffix of ``path`` says which kind.
 
     A network under quantization-aware training is written as its int8 network, any other in float. ONNX and ExecuTorch
-    files hold every float weight bit for bit, a ``.edge`` file too, but for what ``round_small`` rounds. The file
-    appears whole or not at all, and the same network gives the same bytes.
+    files hold every float weight bit for bit. So does a ``.edge`` file, but for what ``round_small`` rounds, and for
+    weights that were shared with a scale per channel: the scale moves behind the layer, where it costs nothing. The
+    file appears whole or not at all, and the same network gives the same bytes.
 
     Args:
         module: The network. It is exported in evaluation mode and left as it was.
@@ -77,8 +78,10 @@ def _write(
         path.write_bytes(model.SerializeToString(deterministic=True))
         return
     from lightning_edge.artifact import pack
+    from lightning_edge.export.channel_scales import merge_channel_scales_
     from lightning_edge.export.halves import round_small_
 
+    merge_channel_scales_(model)
     if round_small:
         round_small_(model)
     pack(model, path, recipe_hash=recipe_hash)

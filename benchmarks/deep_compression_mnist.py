@@ -1,0 +1,121 @@
+"""Deep Compression's own table (Han et al. 2016, tables 1 to 3): both LeNets on MNIST by `recipe=deep_compression`.
+
+Seeds 0, 1 and 2, and no others; whole files counted; 5,000 training images are kept back for validation, the test
+images are read once, by the file itself, at the end of each run. A run that is cut goes on where it was.
+
+Run: python benchmarks/deep_compression_mnist.py --data mnist.npz
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from results import markdown, write_section
+
+from lightning_edge.artifact import Inspection, inspect
+
+SEEDS = (0, 1, 2)
+PAPER = {"lenet300": ("LeNet-300-100", 27_000, 26_661, 1.58), "lenet5": ("LeNet-5", 44_000, 44_213, 0.74)}
+"""Name, bytes of the paper, 1/40 and 1/39 of the fp32 weights, and the paper's test error in %."""
+
+
+def run(model: str, seed: int, *, data: Path, folder: Path) -> None:
+    """Run the recipe from the command line, or go on with it."""
+    if (folder / "report.json").exists():
+        return
+    new = [
+        "recipe=deep_compression",
+        f"model={model}",
+        "data=mnist",
+        f"data.path={data}",
+        f"seed={seed}",
+        "trainer.enable_progress_bar=false",
+        f"hydra.run.dir={folder}",
+    ]
+    started = (folder / "last.ckpt").exists() or (folder / "baseline").exists()
+    arguments = [f"resume={folder}"] if started else new
+    print(model, seed, *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "lightning_edge", *arguments], check=True)
+
+
+def layers(contents: Inspection) -> list[dict[str, str]]:
+    """Return the paper's table of one file: weights, how many are kept, bits of each kept one, and bytes."""
+    rows = []
+    for tensor in contents.tensors:
+        if len(tensor.shape) < 2:
+            continue
+        size = tensor.size_bytes * 8 / tensor.bits_per_weight
+        kept = size - tensor.zeros
+        rows.append(
+            {
+                "layer": tensor.name.removesuffix(".weight"),
+                "weights": f"{size:,.0f}",
+                "kept": f"{kept / size:.1%}",
+                "values": str(tensor.distinct - (tensor.zeros > 0)),
+                "bits of a kept weight, place and value": f"{8 * tensor.size_bytes / kept:.2f}",
+                "bytes": f"{tensor.size_bytes:,}",
+                "of fp32": f"{tensor.size_bytes / size / 4:.2%}",
+            }
+        )
+    return rows
+
+
+def error(row: dict[str, Any]) -> float:
+    """Return the test error in %."""
+    return float(row["error"]["error_percent"])
+
+
+def main() -> None:
+    """Run what is missing, then write the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="MNIST as an .npz, or the folder of its original files"
+    )
+    parser.add_argument("--only", choices=PAPER, help="run this network, and stop")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmarks/deep_compression_mnist"))
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.resolve()
+    for model in PAPER:
+        for seed in SEEDS:
+            if arguments.only in (None, model):
+                run(model, seed, data=arguments.data.resolve(), folder=folder / f"{model}_{seed}")
+    if arguments.only is None:
+        report(folder)
+
+
+def report(folder: Path) -> None:
+    """Write every seed's file and error, the bars, and the layers of the first seed's files."""
+    rows, parts = [], []
+    for model, (title, paper_bytes, bar_bytes, bar_error) in PAPER.items():
+        reports = [json.loads((folder / f"{model}_{seed}" / "report.json").read_text()) for seed in SEEDS]
+        packed = [next(row for row in found["artifacts"] if row["name"] == "edge") for found in reports]
+        for seed, found, row in zip(SEEDS, reports, packed, strict=True):
+            rows.append(
+                {
+                    "network": title,
+                    "seed": str(seed),
+                    "dense, error %": f"{error(found['baseline']):.2f}",
+                    "model.edge, error %": f"{error(row):.2f}",
+                    "bytes": f"{row['size_bytes']:,}",
+                    "times smaller": f"{row['ratio']:.1f}",
+                    "the paper": f"{bar_error:.2f} %, {paper_bytes // 1000} KB",
+                }
+            )
+        largest, mean = max(row["size_bytes"] for row in packed), fmean(error(row) for row in packed)
+        parts.append(
+            f"{title}: the largest file has {largest:,} bytes (bar {bar_bytes:,}), the mean error is {mean:.2f} %"
+            f" (bar {bar_error:.2f} %). Layers, seed 0:\n\n"
+            + markdown(layers(inspect(folder / f"{model}_0" / "model.edge")))
+        )
+    body = f"{markdown(rows)}\n\n" + "\n\n".join(parts)
+    write_section(
+        "Deep Compression on MNIST", command="python benchmarks/deep_compression_mnist.py --data mnist.npz", body=body
+    )
+
+
+if __name__ == "__main__":
+    main()
