@@ -1,14 +1,11 @@
-"""The command line: recipes through Hydra, finished stages resumed, packed files inspected."""
+"""The command line: recipes through Hydra, finished stages resumed, commands on files."""
 
-import argparse
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,22 +14,16 @@ from hydra.core.utils import configure_log
 from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from lightning_edge import __version__
+from lightning_edge.cli_files import FILE_COMMANDS, FILE_USAGE, file_command
 from lightning_edge.config import config_folder, group_names, recipe_hash, recipe_titles, register
 from lightning_edge.config_check import check, nearest
 from lightning_edge.config_errors import dotted_keys, is_mendable, message
 
 _USAGE = """\
-lightning-edge recipe=NAME [key=value ...]     compress a network as the recipe says
-lightning-edge resume=FOLDER [key=value ...]   go on with an interrupted run, in its folder
-lightning-edge inspect FILE                    print what is in a .edge file
-lightning-edge unpack FILE OUT                 write its ordinary .onnx or .safetensors
-lightning-edge pack SOURCE OUT                 pack an .onnx or .safetensors file into a .edge file
+lightning-edge recipe=NAME [key=value ...]      compress a network as the recipe says
+lightning-edge resume=FOLDER [key=value ...]    go on with an interrupted run, in its folder
 """
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -54,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        if arguments[0] in _FILE_COMMANDS:
-            return _file_command(arguments)
+        if arguments[0] in FILE_COMMANDS:
+            return file_command(arguments)
         if any(argument.startswith("resume=") for argument in arguments):
             return _resume(arguments)
         return _run(arguments)
@@ -73,7 +64,7 @@ def _overview() -> str:
     width = max(map(len, titles), default=0)
     recipes = "\n".join(f"  {name:<{width}}  {title}" for name, title in titles.items())
     return (
-        f"lightning-edge {__version__}\n\n{_USAGE}\nrecipes:\n{recipes}\n\n"
+        f"lightning-edge {__version__}\n\n{_USAGE}{FILE_USAGE}\nrecipes:\n{recipes}\n\n"
         f"groups (group=option): {', '.join(group_names())}\n"
         "-m sweeps (recipe=a,b), --cfg job prints a configuration, --config-dir DIR adds your own groups and recipes,\n"
         "--hydra-help tells of more."
@@ -163,59 +154,6 @@ def _run_stages(cfg: DictConfig, folder: Path) -> None:
         run(cfg, folder)
 
 
-def _file_command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="lightning-edge", usage=_USAGE)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, operands in _FILE_COMMANDS.items():
-        command = commands.add_parser(name, prog=f"lightning-edge {name}")
-        for operand in operands:
-            command.add_argument(operand, type=Path)
-    given = parser.parse_args(arguments)
-    from lightning_edge import artifact
-
-    if given.command == "inspect":
-        _print_contents(artifact.inspect(given.file))
-    elif given.command == "unpack":
-        artifact.unpack(given.file, given.out)
-    else:
-        artifact.pack(given.source, given.out)
-    return 0
-
-
-_FILE_COMMANDS = {"inspect": ("file",), "unpack": ("file", "out"), "pack": ("source", "out")}
-
-
-def _print_contents(contents: Any) -> None:
-    """Print a frozen dataclass: its sequences of dataclasses as tables, the rest one line each."""
-    # Rich takes a pipe for 80 columns wide, and would fold the names of the tensors.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    values = {field.name: getattr(contents, field.name) for field in fields(contents)}
-    tables = {name: rows for name, rows in values.items() if isinstance(rows, tuple | list) and _are_rows(rows)}
-    for name, value in values.items():
-        if name not in tables:
-            console.print(f"{name.replace('_', ' ')}: {_cell(value)}", markup=False)
-    for name, rows in tables.items():
-        table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD)
-        for field in fields(rows[0]):
-            is_number = isinstance(getattr(rows[0], field.name), int | float)
-            table.add_column(field.name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(_cell(getattr(row, field.name))) for field in fields(row)))
-        console.print(table)
-
-
-def _are_rows(values: Sequence[Any]) -> bool:
-    return len(values) > 0 and all(is_dataclass(value) for value in values)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return " x ".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
 @contextmanager
 def _full_error(value: str | None) -> Iterator[None]:
     """Set or unset the variable by which Hydra lets exceptions through, for a while."""
@@ -239,5 +177,5 @@ def _wants_trace() -> bool:
 
 
 def _report(error: Exception, arguments: Sequence[str]) -> None:
-    print(f"lightning-edge: {message(error, arguments, commands=_FILE_COMMANDS)}", file=sys.stderr)
+    print(f"lightning-edge: {message(error, arguments, commands=FILE_COMMANDS)}", file=sys.stderr)
     print(f"({_FULL_ERROR}=1 shows the stack trace)", file=sys.stderr)

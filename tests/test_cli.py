@@ -161,8 +161,8 @@ def test_a_resumed_run_takes_only_overrides_that_leave_its_result(stages, capsys
     [
         (
             ["recipe=deep_compresion"],
-            "recipe must be one of deep_compression, int8, prune_2to4, prune_channels, prune_weights, sensitivity, got"
-            " 'deep_compresion': did you mean",
+            "recipe must be one of deep_compression, int8, prune_2to4, prune_channels, prune_weights, sensitivity,"
+            " share_weights, got 'deep_compresion': did you mean",
         ),
         (
             ["recipe=int8", "model=lenet6"],
@@ -301,12 +301,10 @@ def test_inspect_prints_the_sections_and_the_tensors(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.parametrize("command", ["pack", "unpack"])
-def test_pack_and_unpack_take_a_file_and_where_to_write(monkeypatch, tmp_path, command):
-    calls = []
-    monkeypatch.setattr(f"lightning_edge.artifact.{command}", lambda *paths: calls.append(paths), raising=False)
-    assert main([command, "model.onnx", "out/model.edge"]) == 0
-    assert calls == [(Path("model.onnx"), Path("out/model.edge"))]
+def test_inspect_prints_that_a_file_has_no_tensors(monkeypatch, capsys):
+    monkeypatch.setattr("lightning_edge.artifact.inspect", lambda path: Contents(59, "", (), ()), raising=False)
+    assert main(["inspect", "model.edge"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "tensors: none"
 
 
 def test_a_damaged_file_is_one_message(monkeypatch, capsys):
@@ -320,7 +318,11 @@ def test_a_damaged_file_is_one_message(monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("arguments", [["inspect"], ["unpack", "model.edge"], ["pack", "a", "b", "c"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect"], ["unpack", "model.edge"], ["pack", "a", "b", "c"], ["run", "a", "--repeat", "x"]],
+    ids=" ".join,
+)
 def test_a_missing_operand_is_wrong_usage(capsys, arguments):
     assert main(arguments) == 2
     assert "usage: lightning-edge" in capsys.readouterr().err

@@ -28,9 +28,10 @@ def find_codebook(flat: NDArray[Any], dtype: int) -> tuple[NDArray[Any], Codes, 
     order = np.lexsort([values, _numbers(values.view(flat.dtype), dtype)])
     codebook, codes = values[order].view(flat.dtype), np.argsort(order)[codes.reshape(-1)]
     first, last = (int(value) for value in codebook[[0, -1]]) if codebook.dtype.kind in "iu" else (0, 0)
-    if len(codebook) < last - first + 1 <= min(3 * len(codebook) // 2, MAX_ALPHABET):
+    ascending = bool((codebook[1:] > codebook[:-1]).all())  # as bits, which those of bfloat16 need not be
+    if ascending and len(codebook) < last - first + 1 <= min(3 * len(codebook) // 2, MAX_ALPHABET):
         codes = np.array([int(value) - first for value in codebook])[codes]
-        codebook = np.arange(first, last + 1).astype(codebook.dtype)
+        codebook = codebook[:1] + np.arange(last - first + 1).astype(codebook.dtype)
     distance = np.abs(_numbers(codebook, dtype))
     return codebook, codes, int(np.where(np.isnan(distance), np.inf, distance).argmin())
 
@@ -45,11 +46,16 @@ def _numbers(values: NDArray[Any], dtype: int) -> NDArray[np.float64]:
 
 def split_codebook(values: NDArray[Any]) -> tuple[bytes, bytes]:
     """Return what says how many values there are and how they are stored, and the values themselves."""
-    if values.dtype.kind in "iu" and int(values[-1]) - int(values[0]) == len(values) - 1:
+    if values.dtype.kind in "iu" and _are_consecutive(values):
         return varint(len(values)) + bytes([CONSECUTIVE]) + values[:1].tobytes(), b""
     if values.dtype == np.float32 and is_half(values):
         return varint(len(values)) + bytes([AS_HALF]), values.astype("<f2").tobytes()
     return varint(len(values)) + bytes([AS_THEY_ARE]), values.tobytes()
+
+
+def _are_consecutive(values: NDArray[Any]) -> bool:
+    ascending = bool((values[1:] > values[:-1]).all())  # those of blocks are in no order
+    return ascending and int(values[-1]) - int(values[0]) == len(values) - 1
 
 
 def read_codebook(reader: ByteReader, dtype: np.dtype[Any], *, values: int = MAX_ALPHABET) -> NDArray[Any]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lightning_edge.artifact.codebooks import BFLOAT16
@@ -18,7 +17,6 @@ from lightning_edge.artifact.tensors import (
     DTYPES,
     PackedTensor,
     decode_tensor,
-    order0_bits,
     read_record,
 )
 from lightning_edge.functional.bytestream import ByteReader, EdgeFormatError, varint
@@ -38,44 +36,6 @@ SAFETENSORS = {
     "U64": 13,
     "BF16": BFLOAT16,
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a packed file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    distinct: int
-    zeros: int
-    codec: str
-    size_bytes: int
-    bits_per_weight: float
-    entropy_bits: float
-
-
-@dataclass(frozen=True)
-class SectionInfo:
-    """One section of a packed file: what it holds, where it lies, and its checksum in hexadecimal."""
-
-    name: str
-    offset: int
-    size_bytes: int
-    crc32: str
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What is in a packed file: its sections and tensors, sizes in bytes."""
-
-    path: str
-    size_bytes: int
-    tool_version: str
-    recipe_hash: str
-    graph_bytes: int
-    sections: tuple[SectionInfo, ...]
-    tensors: tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True)
@@ -139,41 +99,6 @@ def read_tensors(path: str | Path, *, max_bytes: int = MAX_BYTES) -> dict[str, N
         EdgeFormatError: If it is damaged, cut short, hostile or of a later version.
     """
     return {name: decode_tensor(record) for name, record in open_file(path, max_bytes=max_bytes).records.items()}
-
-
-def inspect(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Inspection:
-    """Return what is in a packed file.
-
-    Args:
-        path: The file.
-        max_bytes: Most bytes that it may expand to, see :func:`open_file`.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        EdgeFormatError: If it is damaged, cut short, hostile or of a later version.
-    """
-    contents = open_file(path, max_bytes=max_bytes)
-    rows = []
-    for name, record in contents.records.items():
-        array = decode_tensor(record)
-        count = max(1, array.size)
-        rows.append(
-            TensorInfo(
-                name=name,
-                shape=record.shape,
-                dtype="bfloat16" if record.dtype == BFLOAT16 else array.dtype.name,
-                distinct=len(np.unique(array)),
-                zeros=int(array.size - np.count_nonzero(array)),
-                codec=record.codec,
-                size_bytes=record.size,
-                bits_per_weight=8 * record.size / count,
-                entropy_bits=order0_bits(array),
-            )
-        )
-    size = Path(path).stat().st_size
-    sections = tuple(SectionInfo(s.name, s.offset, s.size, f"{s.crc32:08x}") for s in contents.sections)
-    graph_bytes = next(section.size for section in contents.sections if section.kind == INDEX)
-    return Inspection(str(path), size, contents.tool_version, contents.recipe_hash, graph_bytes, sections, tuple(rows))
 
 
 def onnx_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:

@@ -1,4 +1,4 @@
-"""Write a packed file from an ONNX model, a safetensors file or a state dict."""
+"""Write a packed file from an ONNX model, a safetensors file, a checkpoint or a state dict."""
 
 import json
 import struct
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import Tensor
 
+CHECKPOINTS = (".pt", ".pth", ".th", ".ckpt", ".bin")
+"""Suffixes of files that torch has saved."""
 _INLINE_BYTES = 16  # a scalar costs less inside the graph than a record of its own
 Typed = tuple[NDArray[Any], int]
 
@@ -46,18 +48,25 @@ class PackReport:
 
 
 def pack(
-    source: "str | Path | ModelProto | Mapping[str, NDArray[Any] | Tensor]", path: str | Path, *, recipe_hash: str = ""
+    source: "str | Path | ModelProto | Mapping[str, NDArray[Any] | Tensor]",
+    path: str | Path,
+    *,
+    recipe_hash: str = "",
+    adaptive: bool = True,
 ) -> PackReport:
     """Write ``source`` as one small file, every tensor bit by bit as it was.
 
-    The bytes depend on ``source``, ``recipe_hash`` and the version of this library alone. The file is written under a
+    The bytes depend on ``source``, the options and the version of this library alone. The file is written under a
     temporary name and renamed: a writer that is killed leaves the old file or the new one.
 
     Args:
-        source: An ONNX model or the path of one (``.onnx``), the path of a ``.safetensors`` file, or a state dict: a
-            mapping from names to numpy arrays or torch tensors.
+        source: An ONNX model or the path of one (``.onnx``), the path of a ``.safetensors`` file, a state dict (a
+            mapping from names to numpy arrays or torch tensors), or the path of one that torch has saved (``.pt``,
+            ``.pth``, ``.th``, ``.ckpt``, ``.bin``; also of a checkpoint that holds one under "state_dict").
         path: The file to write.
         recipe_hash: What the file says about the settings that made it.
+        adaptive: Also code tensors under adaptive contexts where that is smaller: it takes longer to pack, and to read
+            in numpy.
 
     Raises:
         ValueError: If ``source`` is none of these, or a name or an element type cannot be stored.
@@ -73,7 +82,7 @@ def pack(
     names = list(tensors)
     if unfit := [name for name in names if not _fits(name)]:
         raise ValueError(f"tensor names must have no line break and not be empty, got {unfit[:3]}")
-    encoded = {name: encode_tensor(array, dtype) for name, (array, dtype) in tensors.items()}
+    encoded = {name: encode_tensor(array, dtype, adaptive=adaptive) for name, (array, dtype) in tensors.items()}
     joined = "\n".join(names).encode()
     index = zstandard.ZstdCompressor(level=19, write_content_size=False, write_checksum=False).compress(
         varint(len(joined)) + joined + graph
@@ -104,9 +113,9 @@ def _read_source(source: Any) -> tuple[bytes, dict[str, Typed]]:
         return _split_model(onnx.load(file))
     if file.suffix == ".safetensors":
         return b"", dict(_read_safetensors(file))
-    raise ValueError(
-        f"source must end in .onnx or .safetensors, got {file.name!r}; of a checkpoint pass its state dict"
-    )
+    if file.suffix in CHECKPOINTS:
+        return b"", {name: _typed(name, value) for name, value in _read_checkpoint(file).items()}
+    raise ValueError(f"source must end in one of .onnx, .safetensors, {', '.join(CHECKPOINTS)}, got {file.name!r}")
 
 
 def _typed(name: str, value: Any) -> Typed:
@@ -226,3 +235,25 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Typed]]:
             yield name, (flat.reshape(entry["shape"]), kind)
     except (struct.error, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"source must be a safetensors file, got {path}, which cannot be read: {error}") from error
+
+
+def _read_checkpoint(path: Path) -> "dict[str, Tensor]":
+    """Return the state dict that a file of torch is, or holds under "state_dict"."""
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of pickle, zipfile and torch: they have no common class
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"source must be a file that torch loads with weights_only=True, got {path}, which cannot be read: {reason}"
+        ) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(state, Mapping):
+        raise ValueError(f"source must hold a state dict, itself or under 'state_dict', got a {type(state).__name__}")
+    unfit = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
+    if unfit:
+        raise ValueError(
+            f"source must hold tensors by name, itself or under 'state_dict', got others under {unfit[:3]} in {path}"
+        )
+    return dict(state)

@@ -41,8 +41,8 @@ class AdaptiveTables:
 
     def refreshed(self) -> Integers:
         """Return the cumulative frequencies, shape (contexts, symbols + 1), with those made anew that are stale."""
-        stale = np.flatnonzero(_STALE * self._totals >= (_STALE + 1) * self._made_of)
-        if stale.size:
+        stale = (_STALE * self._totals >= (_STALE + 1) * self._made_of).nonzero()[0]
+        if len(stale):
             spread = (1 << PRECISION) - self._alphabet  # every symbol keeps a frequency of 1
             sums = np.cumsum(self._counts[stale], axis=1)
             self._table[stale, 1:] = sums * spread // self._totals[stale, None] + np.arange(1, self._alphabet + 1)
@@ -100,6 +100,7 @@ class Decoder:
 
     def __init__(self, reader: ByteReader, lanes: int) -> None:
         self._reader, self._lanes, self._position = reader, lanes, 0
+        self._places = np.arange(lanes)
         self._state = _read_states(reader, lanes)
         self._words = np.frombuffer(reader.take(reader.left // 2 * 2), dtype="<u2").astype(np.int64)
         reader.end()
@@ -120,13 +121,14 @@ class Decoder:
 
     def _chunk(self, rows: Integers) -> Integers:
         count = len(rows)
-        now = self._state[:count]
+        now, places = self._state[:count], self._places[:count]
         slot = now & (1 << PRECISION) - 1
         symbols: Integers = (rows[:, 1:-1] <= slot[:, None]).sum(1)
-        places = np.arange(count)
         start = rows[places, symbols]
         now[:] = (rows[places, symbols + 1] - start) * (now >> PRECISION) + slot - start
-        low = np.flatnonzero(now < _LOW)
+        low = (now < _LOW).nonzero()[0]
+        if not len(low):
+            return symbols
         end = self._position + len(low)
         if end > len(self._words):
             raise self._reader.error(f"{end} words are needed, {len(self._words)} are there")

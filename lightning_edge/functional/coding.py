@@ -8,6 +8,7 @@ from lightning_edge.functional.huffman import MAX_LENGTH, huffman_bytes, huffman
 from lightning_edge.functional.rans import MAX_ALPHABET, rans_bytes, rans_decode, rans_encode
 
 Symbols = NDArray[np.int64]
+_LONG = 1 << 16  # from here on rANS, which numpy decodes faster, is taken unless Huffman's is a percent smaller
 CODERS = ("constant", "huffman", "rans", "bytes")
 
 
@@ -33,7 +34,8 @@ def encode_symbols(symbols: Symbols, alphabet: int) -> bytes:
     size = estimate(counts)
     if alphabet <= 256 and size >= len(symbols):
         return bytes([3]) + symbols.astype(np.uint8).tobytes()
-    if size == huffman_bytes(counts):
+    huffman = huffman_bytes(counts) if len(counts) <= 1 << MAX_LENGTH else 1 << 62
+    if huffman <= rans_bytes(counts) * (1.0 if len(symbols) < _LONG else 0.99):
         return bytes([1]) + huffman_encode(symbols, alphabet)
     return bytes([2]) + rans_encode(symbols, alphabet)
 

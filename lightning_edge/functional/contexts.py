@@ -70,7 +70,8 @@ class Neighbourhood:
         count, total = len(offsets), int(near.sum())
         kernel = (MEAN_UNIT * near + _PRIORS[1] * mean) // (count + _PRIORS[1])
         everywhere = (MEAN_UNIT * total + self._rows * _PRIORS[2] * mean) // (self._rows * (count + _PRIORS[2]))
-        return _logarithm(row), _logarithm(kernel), int(_logarithm(np.array([everywhere]))[0])
+        logarithms = _logarithm(np.concatenate([row, kernel, [everywhere]]))
+        return logarithms[: self._rows], logarithms[self._rows : -1], int(logarithms[-1])
 
     def directions(self) -> Integers:
         """Return 2 x left + 2 x above - above left of the column that comes next, shape (rows,); 0 for what is not."""
@@ -131,7 +132,7 @@ class Contexts:
 
     def combine(self, weighted: Integers, classes: Integers) -> Integers:
         """Return the contexts of weighted energies and of classes of direction or touching neighbours."""
-        energy = np.clip((weighted - self.base) // self.step, 0, self.energies - 1)
+        energy = np.minimum(np.maximum((weighted - self.base) // self.step, 0), self.energies - 1)
         return energy * (self.directions or 3) + classes
 
 

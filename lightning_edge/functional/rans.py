@@ -14,6 +14,8 @@ _PRECISIONS = (6, 8, 10, 12, 14)
 _MAX_LANES = 1 << 13
 _BYTES_PER_LANE = 400  # a lane's state costs 2 bytes more than it carries: half a percent
 _MAX_STEPS = 1 << 14  # of symbols that take hardly any bytes; one step is one numpy operation on all lanes
+_FEW_LANES = 32
+_UNFIT = "the states must end where the encoder began, got others: the stream is damaged"
 MAX_ALPHABET = 1 << 13
 Counts = NDArray[np.int64]
 Symbols = NDArray[np.int64]
@@ -81,6 +83,13 @@ def rans_decode(reader: ByteReader, count: int, alphabet: int) -> Symbols:
     frequency_of = np.repeat(frequencies, frequencies).astype(np.uint32)
     start = np.concatenate([[0], np.cumsum(frequencies)[:-1]])
     offset_of = (np.arange(1 << precision) - np.repeat(start, frequencies)).astype(np.uint32)
+    if lanes < _FEW_LANES:
+        tables = symbol_of.tolist(), frequency_of.tolist(), offset_of.tolist()
+        few, position = _decode_few(state.tolist(), words.tolist(), count, tables, precision)
+        if position != len(words):
+            raise reader.error(_UNFIT)
+        reader.end()
+        return np.array(few, dtype=np.int64)
     out = np.empty(count, dtype=np.uint16)
     mask, shift, position = np.uint32((1 << precision) - 1), np.uint32(precision), 0
     for first in range(0, count, lanes):
@@ -94,9 +103,34 @@ def rans_decode(reader: ByteReader, count: int, alphabet: int) -> Symbols:
         now[low] = now[low] << np.uint32(16) | words[position : position + len(low)]
         position += len(low)
     if position != len(words) or bool((state != _LOW).any()):
-        raise reader.error("the states must end where the encoder began, got others: the stream is damaged")
+        raise reader.error(_UNFIT)
     reader.end()
     return out.astype(np.int64)
+
+
+def _decode_few(
+    state: list[int], words: list[int], count: int, tables: tuple[list[int], list[int], list[int]], precision: int
+) -> tuple[list[int], int]:
+    """Return the symbols of few lanes, for which a loop is faster than numpy, and how many words they took.
+
+    -1 where words are missing or the states do not end where the encoder began.
+    """
+    symbol_of, frequency_of, offset_of = tables
+    lanes, mask, position, end = len(state), (1 << precision) - 1, 0, len(words)
+    found = []
+    for index in range(count):
+        lane = index % lanes
+        now = state[lane]
+        slot = now & mask
+        found.append(symbol_of[slot])
+        now = frequency_of[slot] * (now >> precision) + offset_of[slot]
+        if now < _LOW:
+            if position == end:
+                return found, -1
+            now = now << 16 | words[position]
+            position += 1
+        state[lane] = now
+    return found, position if state == [_LOW] * lanes else -1
 
 
 def _lanes(size: int, count: int) -> int:

@@ -75,7 +75,7 @@ def take_step_(weight: Tensor, shared: Tensor, hidden: Tensor) -> None:
     pruned = hidden == 0
     hidden.add_(weight).sub_(shared)
     hidden.masked_fill_(hidden == 0, _NEARLY_ZERO).masked_fill_(pruned, 0.0)
-    pass
+    weight.copy_(shared)
 
 
 @torch.no_grad()

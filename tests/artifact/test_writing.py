@@ -243,10 +243,63 @@ def test_what_cannot_be_packed_is_named(tmp_path, source, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_source_of_another_suffix_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "last.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"source must end in .onnx or .safetensors, got 'last.ckpt'; of a checkpoint"):
-        pack(tmp_path / "last.ckpt", tmp_path / "w.edge")
+def test_a_source_of_another_suffix_is_refused_with_those_that_are_read(tmp_path):
+    (tmp_path / "last.tflite").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"source must end in one of .onnx, .safetensors, .pt, .*, got 'last.tflite'"):
+        pack(tmp_path / "last.tflite", tmp_path / "w.edge")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".ckpt", ".bin"])
+def test_a_state_dict_that_torch_saved_is_packed_by_its_path(tmp_path, suffix):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4)).to(torch.bfloat16)
+    state = network.state_dict()
+    torch.save(state if suffix != ".ckpt" else {"epoch": 3, "state_dict": state}, tmp_path / f"net{suffix}")
+    path = pack(tmp_path / f"net{suffix}", tmp_path / "net.edge").path
+    assert path.read_bytes() == pack(state, tmp_path / "same.edge").path.read_bytes()
+    assert list(read_tensors(path)) == list(state)
+
+
+class Unknown:
+    """What weights_only does not load."""
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (
+            Unknown(),
+            "source must be a file that torch loads with weights_only=True, got .*cannot be read: Weights only",
+        ),
+        ([torch.zeros(2)], "source must hold a state dict, itself or under 'state_dict', got a list"),
+        ({"state_dict": 3}, "source must hold a state dict, itself or under 'state_dict', got a int"),
+        ({"w": torch.zeros(2), "epoch": 3}, r"source must hold tensors by name, .* got others under \['epoch'\] in"),
+        ({"state": {0: torch.zeros(2)}}, r"got others under \['state'\] in .*net.pt"),
+        ({0: torch.zeros(2)}, r"got others under \[0\] in .*net.pt"),
+    ],
+)
+def test_a_file_of_torch_that_holds_no_state_dict_is_refused(tmp_path, saved, message):
+    torch.save(saved, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=message):
+        pack(tmp_path / "net.pt", tmp_path / "w.edge")
+    assert not (tmp_path / "w.edge").exists()
+
+
+def test_a_file_that_torch_did_not_save_is_refused(tmp_path):
+    (tmp_path / "net.pt").write_bytes(b"text")
+    with pytest.raises(ValueError, match="source must be a file that torch loads with weights_only=True, got .*net.pt"):
+        pack(tmp_path / "net.pt", tmp_path / "w.edge")
+
+
+def test_without_adaptive_contexts_no_tensor_has_them(tmp_path):
+    rough = np.random.default_rng(0).normal(size=(50, 64)) * np.arange(1, 51)[:, None]
+    tensors = {"w": np.floor(rough / 5).astype(np.float32)}
+    smaller = pack(tensors, tmp_path / "w.edge")
+    larger = pack(tensors, tmp_path / "w.edge", adaptive=False)
+    assert [row.codec for row in smaller.tensors] == ["context"]
+    assert [row.codec for row in larger.tensors] != ["context"]
+    assert smaller.size_bytes < larger.size_bytes
+    assert np.array_equal(read_tensors(larger.path)["w"], tensors["w"])
 
 
 def test_a_source_that_is_not_there_is_named_with_the_folder_it_was_looked_for_from(tmp_path):
