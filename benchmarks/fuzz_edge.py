@@ -50,14 +50,15 @@ def rows(report: Report) -> list[dict[str, str]]:
     """Return the counts of every layer."""
     table = []
     for layer in LAYERS:
-        read, refused = (report.outcomes[f"{layer} {outcome}"] for outcome in ("read", "refused"))
+        read, refused, whole = (report.outcomes[f"{layer} {outcome}"] for outcome in ("read", "refused", "whole"))
         other = sum(f", {layer}: " in failure for failure in report.failures)
         table.append(
             {
                 "damaged": DAMAGED[layer],
-                "files": f"{read + refused + other:,}",
+                "files": f"{read + refused + whole + other:,}",
                 "refused": f"{refused:,}",
                 "read": f"{read:,}",
+                "undamaged after all": f"{whole:,}",
                 "anything else": f"{other:,}",
             }
         )

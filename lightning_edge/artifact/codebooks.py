@@ -93,7 +93,10 @@ def from_half(reader: ByteReader, count: int, dtype: np.dtype[Any]) -> NDArray[A
     """Return float32 elements that are stored as float16."""
     if dtype != np.float32:
         raise reader.error(f"only float32 elements can be stored as float16, got {dtype}")
-    return np.frombuffer(reader.take(2 * count), "<f2").astype(dtype)
+    halves = np.frombuffer(reader.take(2 * count), "<f2")
+    if bool(np.isnan(halves).any()):  # whose bits as a float32 depend on the processor
+        raise reader.error("float16 must be numbers to stand for float32, got one that is not")
+    return halves.astype(dtype)
 
 
 def is_half(values: NDArray[Any]) -> bool:

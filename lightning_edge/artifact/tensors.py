@@ -213,8 +213,9 @@ def _decode_planes(reader: ByteReader, count: int, dtype: np.dtype[Any]) -> NDAr
 
 def _decode_contexts(reader: ByteReader, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     size, width = codebook_head(reader, dtype)
-    if len(shape) < 2 or 0 in shape or size > MAX_CONTEXT_ALPHABET:
-        raise reader.error(f"only rows of up to {MAX_CONTEXT_ALPHABET} values can have contexts, got {shape}, {size}")
+    limit = min(MAX_CONTEXT_ALPHABET, 1 << 8 * dtype.itemsize)
+    if len(shape) < 2 or 0 in shape or size > limit:
+        raise reader.error(f"only rows of up to {limit} values can have contexts, got {shape}, {size}")
     if width == CONSECUTIVE:
         codebook = codebook_values(reader, size, width, dtype)
         codes, _ = context_decode(reader, shape, size, riders=0)

@@ -149,7 +149,10 @@ def read_all(data: bytes) -> str:
 
 @dataclass
 class Report:
-    """What became of the mutants: counts by layer and outcome, the slowest of them, and memory beyond the first."""
+    """What became of the mutants: counts by layer and outcome, the slowest of them, and memory beyond the first.
+
+    Outcomes are "refused", "read", and "whole": a file that damage upon damage made one of the originals.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -171,7 +174,7 @@ def limit_memory() -> None:
 
 def fuzz(files: Sequence[bytes], *, count: int, seed: int, limit: Callable[[], None] = lambda: None) -> Report:
     """Read mutants, each within its time, and all within what ``limit`` leaves, called when all is ready."""
-    report, originals = Report(), [take_apart(data) for data in files]
+    report, originals, whole = Report(), [take_apart(data) for data in files], set(files)
     for original in originals:
         assert read_all(original.data) == "read"
     limit()
@@ -183,7 +186,7 @@ def fuzz(files: Sequence[bytes], *, count: int, seed: int, limit: Callable[[], N
         start = time.process_time()
         signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
         try:
-            report.outcomes[f"{layer} {read_all(data)}"] += 1
+            report.outcomes[f"{layer} {'whole' if data in whole else read_all(data)}"] += 1
         except Exception as error:
             report.failures.append(f"mutant {number}, {layer}: {error!r}: {data.hex()}")
         finally:

@@ -212,6 +212,8 @@ def sparse(live, escape, symbols, stream, values=SYMBOL_0):
         (record("raw", b"", shape=(0, *[1 << 30] * 9)), "tensors must expand to at most"),
         (record("constant", bytes(4), shape=(1 << 60,)), "a number must be at most"),
         (record("half", bytes(8), kind=11), "only float32 elements can be stored as float16, got float64"),
+        (record("half", b"\x00\x7e" * 4), "float16 must be numbers to stand for float32"),
+        (record("context", varint(300) + b"\2\0", kind=3, shape=(2, 2)), "only rows of up to 256 values"),
         (record("half", bytes(6)), "8 bytes are announced, 6 are left"),
         (record("planes", b"\x00\x00"), "1 bytes are announced, 0 are left"),
         (record("planes", (varint(2) + b"\x00\x05") * 4 + b"x"), "1 bytes are left over"),
