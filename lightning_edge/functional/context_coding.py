@@ -32,7 +32,7 @@ _MAX_LANES = 1 << 10
 _MAX_COLUMNS = 1 << 20
 _MAX_CLASSES = 64
 _Code = Callable[[Integers, Integers, int], Integers]
-_FREE_STEPS, _STEPS_PER_BYTE = 1 << 10, 16  # a step is some operations of numpy: a file may ask for so many of them
+_FREE_STEPS, _STEPS_PER_BYTE = 1 << 10, 4  # a step is some operations of numpy: a file may ask for so many of them
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ def context_encode(codes: Integers, shape: tuple[int, ...], alphabet: int, *, ze
     rows = codes.reshape(shape[0], -1)
     size, plan = min(_plans(rows, shape, alphabet, zero), key=lambda pair: pair[0])
     lanes = _lanes(shape[0], size, len(riders))
+    while steps(rows.T.shape, lanes, plan) > steps_allowed(int(size)) and 2 * lanes <= min(shape[0], _MAX_LANES):
+        lanes *= 2
     coded = encode_with(plan, rows, alphabet, riders=riders, lanes=lanes)
     return coded if steps(rows.T.shape, lanes, plan) <= steps_allowed(len(coded)) else None
 
