@@ -32,12 +32,6 @@ COMMON = (
     "trainer.enable_progress_bar=false",
     "model._target_=self_distilled.SelfDistilled",
 )
-HINTS = (
-    "+model.hint_weight=10.0",
-    "model.optimizer.lr=0.04",
-    "model.scheduler_interval=step",
-    "model.scheduler.T_max=1955",
-)
 IN_STEPS = ("end_epoch=null", "end_step=500", "every=50")  # gradually, over the first 1.3 epochs
 
 
@@ -68,8 +62,7 @@ def unstructured(sparsity: float) -> Entry:
 
 def channels(macs: float) -> Entry:
     """Return the entry of one fraction of the multiply-accumulates that stay."""
-    half = macs == 0.5
-    epochs, end_step, remove_epoch = (5, 400, 2) if half else (2, 350, 1)
+    epochs, end_step, remove_epoch = (5, 400, 2) if macs == 0.5 else (2, 350, 1)
     return Entry(
         f"channels_{macs:g}",
         f"channels, {1 - macs:.0%} of the MACs removed",
@@ -84,7 +77,6 @@ def channels(macs: float) -> Entry:
             "callbacks.channels.every=50",
             f"callbacks.channels.remove_epoch={remove_epoch}",
             "export.formats=[onnx,pte]",
-            *(HINTS if half else ()),
         ),
         channels=True,
         epochs=epochs,
