@@ -24,8 +24,8 @@ from lightning_edge.artifact import inspect
 from lightning_edge.data import CIFAR10DataModule
 from lightning_edge.models import ResNet20
 
-ALONE = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.065)
-TUNED = (0.02, 0.04, 0.055, 0.07, 0.1)
+ALONE = (0.01, 0.02, 0.03, 0.04, 0.055)
+TUNED = (0.04, 0.055, 0.1)
 EPOCHS, CLUSTERS = 3, 64
 PEER = (
     (152_477, 91.65),
