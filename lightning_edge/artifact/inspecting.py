@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from lightning_edge.artifact.codebooks import (
 from lightning_edge.artifact.format import INDEX, MAX_BYTES, TENSORS
 from lightning_edge.artifact.reading import open_file
 from lightning_edge.artifact.tensors import DTYPES, PackedTensor, decode_tensor, order0_bits
-from lightning_edge.functional.bytestream import BitReader, ByteReader
+from lightning_edge.functional import context_coding, rans
+from lightning_edge.functional.bytestream import ByteReader
 from lightning_edge.functional.coding import CODERS
-from lightning_edge.functional.rans import MAX_ALPHABET
 
 _ADAPTIVE_STATE_BYTES = 2.5
 """What a state of an adaptive stream costs on average; up to two bytes of that are filled by riders."""
@@ -159,40 +160,36 @@ def _tensor_info(name: str, record: PackedTensor) -> TensorInfo:
 
 
 def _streams(record: PackedTensor) -> Iterator[StreamInfo]:
-    dtype, reader = DTYPES[record.dtype], record.payload
+    dtype, count, reader = DTYPES[record.dtype], record.elements, record.payload
     if record.codec == "planes":
         for _ in range(dtype.itemsize):
-            yield _symbols(reader.sub(reader.varint(limit=MAX_BYTES)), 256)
+            yield _symbols(reader.sub(reader.varint(limit=MAX_BYTES)), count, 256)
     elif record.codec == "dense":
-        yield _symbols(reader, len(read_codebook(reader, dtype)))
+        yield _symbols(reader, count, len(read_codebook(reader, dtype)))
     elif record.codec == "sparse":
         values = len(read_codebook(reader, dtype))
-        _, escape, _ = reader.varint(), reader.byte(), reader.varint()
-        yield _symbols(reader.sub(reader.varint(limit=MAX_BYTES)), escape + 1)
-        yield _symbols(reader, values)
+        live, escape, gaps = reader.varint(), reader.byte(), reader.varint()
+        yield _symbols(reader.sub(reader.varint(limit=MAX_BYTES)), gaps, escape + 1)
+        yield _symbols(reader, live, values)
     elif record.codec == "blocks":
         block = max(1, reader.byte())
-        yield _symbols(reader, len(read_codebook(reader, dtype, values=block * MAX_ALPHABET)) // block)
+        alphabet = len(read_codebook(reader, dtype, values=block * rans.MAX_ALPHABET)) // block
+        yield _symbols(reader, count // block, alphabet)
     elif record.codec == "context":
         yield _adaptive(reader, record)
 
 
-def _symbols(reader: ByteReader, alphabet: int) -> StreamInfo:
+def _symbols(reader: ByteReader, count: int, alphabet: int) -> StreamInfo:
     """Return what the head of a stream of :mod:`lightning_edge.functional.coding` says."""
     kind = reader.byte()
     if kind >= len(CODERS):
         raise reader.error(f"coder {kind} is unknown: the file may be of a later version")
     if CODERS[kind] != "rans":
         return StreamInfo(CODERS[kind], 0, 0.0)
-    reader.byte()  # precision
-    order, bits = reader.byte(), BitReader(reader)
-    for _ in range(alphabet - 1):
-        bits.read_exp_golomb(order, limit=MAX_BYTES)
-    lanes = reader.varint(limit=MAX_BYTES)
-    states = np.frombuffer(reader.take(4 * lanes), dtype="<u4")
+    _, _, states = rans.read_head(reader, count, alphabet)
     # Of its 32 bits a state carries as many as it has grown beyond 2**16, where the encoder began.
     carried = np.log2(np.maximum(states, 1) / (1 << 16)).sum() / 8
-    return StreamInfo("rans", lanes, float(4 * lanes - carried))
+    return StreamInfo("rans", len(states), float(4 * len(states) - carried))
 
 
 def _adaptive(reader: ByteReader, record: PackedTensor) -> StreamInfo:
@@ -203,12 +200,5 @@ def _adaptive(reader: ByteReader, record: PackedTensor) -> StreamInfo:
     if width == CONSECUTIVE:
         codebook_values(reader, size, width, dtype)
         riders = 0
-    passes = 1 + (reader.byte() & 1)
-    for _ in range(3):  # the geometry and the code of zero
-        reader.varint()
-    for _ in range(passes):
-        reader.take(2)
-        for _ in range(3):
-            reader.varint()
-    lanes = 1 << min(reader.byte(), 16)
+    _, lanes = context_coding.read_head(reader, prod(record.shape[1:]), size)
     return StreamInfo("adaptive", lanes, _ADAPTIVE_STATE_BYTES * lanes - min(riders, 2 * lanes))

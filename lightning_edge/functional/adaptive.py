@@ -16,7 +16,7 @@ from lightning_edge.functional.bytestream import BitReader, BitWriter, ByteReade
 Integers = NDArray[np.int64]
 PRECISION = 15
 _LOW = 1 << 16
-_FIRST_COUNT, _INCREMENT = 2, 5  # 0.4 of an occurrence each to begin with
+FIRST_COUNT, INCREMENT = 2, 5  # 0.4 of an occurrence each to begin with
 _MAX_TOTAL = 1 << 16
 _STALE = 16  # a table is made anew when its counts have grown by a sixteenth
 
@@ -34,7 +34,7 @@ class AdaptiveTables:
 
     def __init__(self, contexts: int, alphabet: int) -> None:
         self._alphabet = alphabet
-        self._counts = np.full((contexts, alphabet), _FIRST_COUNT, dtype=np.int64)
+        self._counts = np.full((contexts, alphabet), FIRST_COUNT, dtype=np.int64)
         self._totals = self._counts.sum(1)
         self._made_of = np.zeros(contexts, dtype=np.int64)
         self._table = np.zeros((contexts, alphabet + 1), dtype=np.int64)
@@ -53,8 +53,8 @@ class AdaptiveTables:
         """Take in the symbols of a column, each under its context."""
         size = self._counts.size
         seen = np.bincount(contexts * self._alphabet + symbols, minlength=size).reshape(self._counts.shape)
-        self._counts += _INCREMENT * seen
-        self._totals += _INCREMENT * seen.sum(1)
+        self._counts += INCREMENT * seen
+        self._totals += INCREMENT * seen.sum(1)
         if int(self._totals.max()) > _MAX_TOTAL:
             for context in np.flatnonzero(self._totals > _MAX_TOTAL):
                 self._counts[context] = (self._counts[context] + 1) >> 1

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_edge.functional.bytestream import ByteReader
-from lightning_edge.functional.huffman import MAX_LENGTH, huffman_bytes, huffman_decode, huffman_encode
+from lightning_edge.functional.huffman import huffman_bytes, huffman_decode, huffman_encode
 from lightning_edge.functional.rans import MAX_ALPHABET, rans_bytes, rans_decode, rans_encode
 
 Symbols = NDArray[np.int64]
@@ -31,11 +31,10 @@ def encode_symbols(symbols: Symbols, alphabet: int) -> bytes:
         return bytes([0]) + bytes([only & 0xFF, only >> 8] if alphabet > 256 else [only])
     if alphabet > MAX_ALPHABET:
         raise ValueError(f"alphabet must have at most {MAX_ALPHABET} symbols, got {alphabet}")
-    size = estimate(counts)
-    if alphabet <= 256 and size >= len(symbols):
+    huffman, rans = huffman_bytes(counts), rans_bytes(counts)
+    if alphabet <= 256 and min(huffman, rans) >= len(symbols):
         return bytes([3]) + symbols.astype(np.uint8).tobytes()
-    huffman = huffman_bytes(counts) if len(counts) <= 1 << MAX_LENGTH else 1 << 62
-    if huffman <= rans_bytes(counts) * (1.0 if len(symbols) < _LONG else 0.99):
+    if huffman <= rans * (1.0 if len(symbols) < _LONG else 0.99):
         return bytes([1]) + huffman_encode(symbols, alphabet)
     return bytes([2]) + rans_encode(symbols, alphabet)
 
@@ -75,8 +74,7 @@ def estimate(counts: NDArray[np.int64]) -> int:
     """
     if np.count_nonzero(counts) <= 1:
         return 2 if len(counts) <= 256 else 3
-    huffman = huffman_bytes(counts) if len(counts) <= 1 << MAX_LENGTH else 1 << 62
-    return min(huffman, rans_bytes(counts))
+    return min(huffman_bytes(counts), rans_bytes(counts))
 
 
 def entropy_bits(counts: NDArray[np.int64]) -> float:

@@ -28,10 +28,9 @@ from lightning_edge.functional.contexts import (
 
 Integers = NDArray[np.int64]
 MAX_SYMBOLS = 256  # of a pass: a larger alphabet is split
-_MAX_LANES = 1 << 10
+MAX_LANES = 1 << 10
 _MAX_COLUMNS = 1 << 20
 _MAX_CLASSES = 64
-_Code = Callable[[Integers, Integers, int], Integers]
 _FREE_STEPS, _STEPS_PER_BYTE = 1 << 10, 4  # a step is some operations of numpy: a file may ask for so many of them
 
 
@@ -87,12 +86,24 @@ def encode_with(plan: Plan, codes: Integers, alphabet: int, *, riders: bytes, la
     if plan.mask is not None:
         live = columns != plan.zero
         mask = live.astype(np.int64)
-        put_mask: _Code = lambda table, contexts, column: encoder.put(table, contexts, mask[column])  # noqa: E731
-        _walk(plan.mask, plan.geometry, columns.shape, np.arange(2), None, put_mask)
+        _walk(
+            plan.mask,
+            plan.geometry,
+            columns.shape,
+            np.arange(2),
+            None,
+            lambda table, contexts, column: encoder.put(table, contexts, mask[column]),
+        )
     whole = columns - (columns > plan.zero) if plan.mask is not None else columns
     upper = whole >> plan.shift
-    put: _Code = lambda table, contexts, column: encoder.put(table, contexts, upper[column][live[column]])  # noqa: E731
-    _walk(plan.values, plan.geometry, columns.shape, plan.levels(alphabet), _unless_all(plan, live), put)
+    _walk(
+        plan.values,
+        plan.geometry,
+        columns.shape,
+        plan.levels(alphabet),
+        _unless_all(plan, live),
+        lambda table, contexts, column: encoder.put(table, contexts, upper[column][live[column]]),
+    )
     low = whole[live] & (1 << plan.shift) - 1
     head = _write_plan(plan) + bytes([lanes.bit_length() - 1]) + riders[2 * lanes :]
     return head + _pack_bits(low, plan.shift) + encoder.bytes(riders[: 2 * lanes])
@@ -111,17 +122,16 @@ def context_decode(reader: ByteReader, shape: tuple[int, ...], alphabet: int, *,
         EdgeFormatError: If the bytes are no such stream, or ask for more work than their number allows.
     """
     rows, count, size = shape[0], prod(shape[1:]), reader.left
-    plan = _read_plan(reader, count, alphabet)
-    exponent = reader.byte()
-    if 1 << exponent > _MAX_LANES:
-        raise reader.error(f"there must be at most {_MAX_LANES} states, got 2**{exponent}")
-    lanes = 1 << exponent
+    plan, lanes = read_head(reader, count, alphabet)
     if steps((count, rows), lanes, plan) > steps_allowed(size):
         raise reader.error(f"{size} bytes must not take more than {steps_allowed(size)} steps, got {rows} x {count}")
     plain = bytes(reader.take(max(0, riders - 2 * lanes)))
     lower = ByteReader(reader.take(reader.varint(limit=rows * count)), offset=reader.offset) if plan.shift else None
     decoder = Decoder(reader, lanes)
-    take: _Code = lambda table, contexts, _: decoder.take(table, contexts)  # noqa: E731
+
+    def take(table: Integers, contexts: Integers, _: int) -> Integers:
+        return decoder.take(table, contexts)
+
     live = np.ones((count, rows), dtype=bool)
     if plan.mask is not None:
         live = _walk(plan.mask, plan.geometry, live.shape, np.arange(2), None, take).astype(bool)
@@ -136,6 +146,19 @@ def context_decode(reader: ByteReader, shape: tuple[int, ...], alphabet: int, *,
     if int(codes.max()) >= alphabet:
         raise reader.error(f"a code must lie below {alphabet}, got {int(codes.max())}")
     return np.ascontiguousarray(codes.T).reshape(-1), carried[:riders] + plain
+
+
+def read_head(reader: ByteReader, columns: int, alphabet: int) -> tuple[Plan, int]:
+    """Return the plan that coded bytes begin with, and the number of states.
+
+    Raises:
+        EdgeFormatError: If the bytes say none.
+    """
+    plan = _read_plan(reader, columns, alphabet)
+    exponent = reader.byte()
+    if 1 << exponent > MAX_LANES:
+        raise reader.error(f"there must be at most {MAX_LANES} states, got 2**{exponent}")
+    return plan, 1 << exponent
 
 
 def steps(columns: tuple[int, int], lanes: int, plan: Plan) -> int:
@@ -164,7 +187,7 @@ def _walk(
     size: tuple[int, int],
     levels: Integers,
     live: NDArray[np.bool_] | None,
-    code: _Code,
+    code: Callable[[Integers, Integers, int], Integers],
 ) -> Integers:
     """Go over the columns with a model that adapts; ``code`` gives the symbols of a column for tables and contexts.
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_edge.functional.adaptive import FIRST_COUNT, INCREMENT
 from lightning_edge.functional.context_coding import (
+    MAX_LANES,
     MAX_SYMBOLS,
     Pass,
     Plan,
@@ -29,11 +31,11 @@ from lightning_edge.functional.contexts import (
 
 Integers = NDArray[np.int64]
 MAX_CONTEXT_ALPHABET = 1 << 12
-_MAX_LANES, _BYTES_PER_LANE = 1 << 10, 400  # a state costs two bytes more than it carries: half a percent
+_BYTES_PER_LANE = 400  # a state costs two bytes more than it carries: half a percent
 _MAX_COLUMNS = 1 << 16
 _VALUE_CLASSES = ((1, 1), (2, 1), (3, 1), (1, 3), (2, 3), (3, 3), (3, 5), (5, 5), (5, 7), (8, 7))
 _MASK_CLASSES = (1, 2, 3, 5, 8, 12, 20)
-_ALPHA = 0.4  # of an occurrence, before any: AdaptiveTables begins so
+_ALPHA = FIRST_COUNT / INCREMENT  # of an occurrence, before any
 _HEAD_BYTES = 16
 
 
@@ -80,7 +82,7 @@ def context_encode(codes: Integers, shape: tuple[int, ...], alphabet: int, *, ze
     rows = codes.reshape(shape[0], -1)
     size, plan = min(_plans(rows, shape, alphabet, zero), key=lambda pair: pair[0])
     lanes = _lanes(shape[0], size, len(riders))
-    while steps(rows.T.shape, lanes, plan) > steps_allowed(int(size)) and 2 * lanes <= min(shape[0], _MAX_LANES):
+    while steps(rows.T.shape, lanes, plan) > steps_allowed(int(size)) and 2 * lanes <= min(shape[0], MAX_LANES):
         lanes *= 2
     coded = encode_with(plan, rows, alphabet, riders=riders, lanes=lanes)
     return coded if steps(rows.T.shape, lanes, plan) <= steps_allowed(len(coded)) else None
@@ -89,7 +91,7 @@ def context_encode(codes: Integers, shape: tuple[int, ...], alphabet: int, *, ze
 def _lanes(rows: int, size: float, riders: int) -> int:
     """Return as many states as rows can use and riders or the size of the stream pay for."""
     lanes = 1
-    while 2 * lanes <= min(rows, _MAX_LANES) and (4 * lanes <= riders or 2 * lanes * _BYTES_PER_LANE <= size):
+    while 2 * lanes <= min(rows, MAX_LANES) and (4 * lanes <= riders or 2 * lanes * _BYTES_PER_LANE <= size):
         lanes *= 2
     return lanes
 

@@ -12,7 +12,7 @@ from lightning_edge.functional.bytestream import BitReader, BitWriter, ByteReade
 _LOW = 1 << 16
 _PRECISIONS = (6, 8, 10, 12, 14)
 _MAX_LANES = 1 << 13
-_BYTES_PER_LANE = 400  # a lane's state costs 2 bytes more than it carries: half a percent
+_BYTES_PER_LANE = 400  # a lane's state costs about 3 bytes more than it carries: not a percent
 _MAX_STEPS = 1 << 14  # of symbols that take hardly any bytes; one step is one numpy operation on all lanes
 _FEW_LANES = 32
 _UNFIT = "the states must end where the encoder began, got others: the stream is damaged"
@@ -70,14 +70,8 @@ def rans_decode(reader: ByteReader, count: int, alphabet: int) -> Symbols:
     >>> rans_decode(ByteReader(rans_encode(np.array([1, 1, 0]), 2)), 3, 2)
     array([1, 1, 0])
     """
-    precision = reader.byte()
-    if precision not in _PRECISIONS:
-        raise reader.error(f"precision must be one of {_PRECISIONS} bits, got {precision}")
-    frequencies = _read_frequencies(reader, alphabet, 1 << precision)
-    lanes = reader.varint(limit=min(_MAX_LANES, count))
-    if lanes == 0 or (lanes < _MAX_LANES and lanes * _MAX_STEPS < count):
-        raise reader.error(f"{count} symbols must have a lane each {_MAX_STEPS}, got {lanes} lanes")
-    state = np.frombuffer(reader.take(4 * lanes), dtype="<u4").astype(np.uint32)
+    precision, frequencies, state = read_head(reader, count, alphabet)
+    lanes = len(state)
     words = np.frombuffer(reader.take(reader.left // 2 * 2), dtype="<u2")
     symbol_of = np.repeat(np.arange(alphabet, dtype=np.uint16), frequencies)
     frequency_of = np.repeat(frequencies, frequencies).astype(np.uint32)
@@ -106,6 +100,22 @@ def rans_decode(reader: ByteReader, count: int, alphabet: int) -> Symbols:
         raise reader.error(_UNFIT)
     reader.end()
     return out.astype(np.int64)
+
+
+def read_head(reader: ByteReader, count: int, alphabet: int) -> tuple[int, NDArray[np.int64], NDArray[np.uint32]]:
+    """Return the precision in bits, the frequency of every symbol, and the state of every lane.
+
+    Raises:
+        EdgeFormatError: If the bytes say none of a stream of ``count`` symbols.
+    """
+    precision = reader.byte()
+    if precision not in _PRECISIONS:
+        raise reader.error(f"precision must be one of {_PRECISIONS} bits, got {precision}")
+    frequencies = _read_frequencies(reader, alphabet, 1 << precision)
+    lanes = reader.varint(limit=min(_MAX_LANES, count))
+    if lanes == 0 or (lanes < _MAX_LANES and lanes * _MAX_STEPS < count):
+        raise reader.error(f"{count} symbols must have a lane each {_MAX_STEPS}, got {lanes} lanes")
+    return precision, frequencies, np.frombuffer(reader.take(4 * lanes), dtype="<u4").astype(np.uint32)
 
 
 def _decode_few(
