@@ -1,30 +1,10 @@
 """The quantized ONNX graph in the form that onnxruntime and OpenVINO run with integer kernels on x86 and ARM."""
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
-_Array = npt.NDArray[np.generic]
-
-
-class _Graph:
-    """Initializers and producers of an ONNX graph by name, kept right while it is edited."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
-        self.constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
-        self.producers = {output: node for node in graph.node for output in node.output}
-
-    def add(self, name: str, value: _Array) -> str:
-        """Add a constant under the first free name."""
-        free, count = name, 0
-        while free in self.constants or free in self.producers:
-            count += 1
-            free = f"{name}_{count}"
-        self.constants[free] = value
-        self.graph.initializer.append(numpy_helper.from_array(value, free))
-        return free
+from lightning_edge.export.graph import Graph
 
 
 def use_integer_kernels_(model: onnx.ModelProto) -> None:
@@ -36,7 +16,7 @@ def use_integer_kernels_(model: onnx.ModelProto) -> None:
 
     The bias changes by at most half of s_x * s_w, one unit of the accumulator.
     """
-    graph = _Graph(model.graph)
+    graph = Graph(model.graph)
     for node in model.graph.node:
         if node.op_type in ("Conv", "Gemm"):
             _quantize_bias(graph, node)
@@ -47,7 +27,7 @@ def use_integer_kernels_(model: onnx.ModelProto) -> None:
     del model.graph.value_info[:]  # still says int8
 
 
-def _shift_activations(graph: _Graph) -> None:
+def _shift_activations(graph: Graph) -> None:
     shifted: dict[str, str] = {}
     for node in graph.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3:
@@ -61,7 +41,7 @@ def _shift_activations(graph: _Graph) -> None:
         node.input[2] = shifted[name]
 
 
-def _quantize_bias(graph: _Graph, node: onnx.NodeProto) -> None:
+def _quantize_bias(graph: Graph, node: onnx.NodeProto) -> None:
     data, weight = (graph.producers.get(name) for name in node.input[:2])
     if data is None or weight is None or {data.op_type, weight.op_type} != {"DequantizeLinear"} or len(node.input) < 3:
         return
@@ -83,7 +63,7 @@ def _has_factors(node: onnx.NodeProto) -> bool:
     return any(value != 1.0 for value in factors.values())
 
 
-def _pool_globally(graph: _Graph, node: onnx.NodeProto) -> None:
+def _pool_globally(graph: Graph, node: onnx.NodeProto) -> None:
     axes = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
     keeps = all(item.i for item in node.attribute if item.name == "keepdims")
     source = graph.producers.get(node.input[0])
@@ -94,7 +74,7 @@ def _pool_globally(graph: _Graph, node: onnx.NodeProto) -> None:
         del node.input[1:], node.attribute[:]
 
 
-def _rank(graph: _Graph, name: str) -> int | None:
+def _rank(graph: Graph, name: str) -> int | None:
     for info in graph.graph.value_info:
         if info.name == name:
             return len(info.type.tensor_type.shape.dim)
