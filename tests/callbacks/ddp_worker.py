@@ -54,7 +54,9 @@ def main(folder, when, seed):
         WeightPruning(0.8, end_epoch=1)
         if when != "channels"
         else WeightPruning(0.8, start_step=5, end_step=7, score="movement"),
-        WeightSharing(6, at_epochs=[2], init="random"),
+        WeightSharing(6, at_epochs=[2], init="random")
+        if when != "codes"
+        else WeightSharing(16, at_epochs=[2], reassign_every=1, channel_scale=True, rate=0.02),
         QuantizationAwareTraining(2, freeze_observers_epoch=3),
     )
     export = ExportArtifacts(folder / "out", formats=["edge"])
@@ -72,6 +74,7 @@ def main(folder, when, seed):
     parts = {
         "masks": pruning.state_dict()["masks"].values(),
         "codes": sharing.state_dict()["codes"].values(),
+        "hidden": sharing.state_dict()["hidden"].values(),
         "observers": qat.state_dict()["observers"].values(),
         "weights": task.parameters(),
         "data": rank_of,
