@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_edge.callbacks.resume import ExactResume
 from lightning_edge.surgery.selection import find_network
@@ -181,6 +182,12 @@ def require_agreement(trainer: L.Trainer, tensors: Iterable[Tensor], *, what: st
             f"{what} must be the same on every rank, got {len(torch.unique(everyone, dim=0))} different ones at epoch"
             f" {trainer.current_epoch}: the ranks' weights have diverged; is every parameter in the strategy's care?"
         )
+
+
+def stepped(weights: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Return the weights with a gradient that an optimizer is about to change."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: weight for name, weight in weights.items() if id(weight) in own and weight.grad is not None}
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, require_agreement, state_tensors
+from lightning_edge.callbacks.base import CompressionCallback, require_agreement, state_tensors, stepped
 from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.projection import Projection
 from lightning_edge.callbacks.timing import Clock
@@ -203,7 +203,7 @@ class WeightPruning(CompressionCallback):
         """Read the gradients for scores and regrowth; leave pruned weights out of the norm that clipping takes."""
         accumulate = _ACCUMULATED.get(self.score) if isinstance(self.score, str) else None
         if accumulate is not None and self._done < self.clock.count:
-            for name, weight in _stepped(self._weights(pl_module), optimizer).items():
+            for name, weight in stepped(self._weights(pl_module), optimizer).items():
                 assert weight.grad is not None
                 score = accumulate(weight, weight.grad)
                 # Anew where channels were removed since.
@@ -312,7 +312,7 @@ class WeightPruning(CompressionCallback):
         if not fraction:
             return
         masks = dict(self._masks)
-        for name, weight in _stepped(self._weights(pl_module), optimizer).items():
+        for name, weight in stepped(self._weights(pl_module), optimizer).items():
             assert weight.grad is not None
             masks[name] = exchanged_mask(weight, weight.grad, self._masks[name], fraction=fraction)
             fresh = masks[name] & ~self._masks[name]
@@ -332,9 +332,3 @@ class WeightPruning(CompressionCallback):
     def _reached(self) -> float:
         size = sum(mask.numel() for mask in self._masks.values())
         return 1.0 - sum(int(mask.sum()) for mask in self._masks.values()) / size if size else 0.0
-
-
-def _stepped(weights: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Return the weights with a gradient that an optimizer is about to change."""
-    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {name: weight for name, weight in weights.items() if id(weight) in own and weight.grad is not None}

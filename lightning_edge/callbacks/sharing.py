@@ -10,17 +10,22 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, callbacks_of, require_agreement, state_tensors
+from lightning_edge.callbacks.base import (
+    CompressionCallback,
+    callbacks_of,
+    require_agreement,
+    state_tensors,
+    stepped,
+)
 from lightning_edge.callbacks.byte_budget import constant_bytes, file_bytes, record_bytes, share_within
 from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.sharing_options import check_budget, check_training
 from lightning_edge.functional.sharing import Init
 from lightning_edge.surgery.codebooks import Codebooks
 from lightning_edge.surgery.selection import find_network
-from lightning_edge.surgery.shared_state import take_step_
+from lightning_edge.surgery.shared_state import Gradient, take_step_
 from lightning_edge.surgery.sharing import (
     Clusters,
-    Gradient,
     ShareReport,
     project_shared_,
     reassign_shared_,
@@ -60,6 +65,8 @@ class WeightSharing(CompressionCallback):
         importance: ``"gradients"``: errors count by the squared gradients that a weight had in the epoch before the
             clustering; ``"none"``: all alike.
         reassign_every: Optimizer steps from one choice of the codes to the next; None: codes stay between clusterings.
+            1 is best: in between the network stands still while the hidden weights go on, and at 20 the fine-tuning of
+            a ResNet-20 diverged.
         freeze_epoch: Zero-based epoch from whose start the codes stay; the hidden weights choose once more, and are
             gone. None: never.
         max_bytes: Largest ``.edge`` file of the whole network, in bytes: the rate is found at every clustering, and
@@ -183,10 +190,8 @@ class WeightSharing(CompressionCallback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Gather squared gradients; give all weights of a cluster the same gradient."""
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        gradients = {
-            name: weight.grad for name, weight in self._weights.items() if id(weight) in own and weight.grad is not None
-        }
+        own = stepped(self._weights, optimizer)
+        gradients = {name: weight.grad for name, weight in own.items() if weight.grad is not None}
         if self.importance == "gradients" and trainer.current_epoch + 1 in self.at_epochs:
             self._gather(trainer.current_epoch, gradients)
         if self._codes and not self._hidden:

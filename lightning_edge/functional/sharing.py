@@ -22,12 +22,9 @@ from lightning_edge.functional.rate import (
     assign_1d,
     check_rate,
     chunks,
-    code_lengths,
     log_bins,
     rate_aware,
 )
-
-__all__ = ["INITS", "Init", "assign_1d", "check_clusters", "check_init", "cluster_means", "code_lengths", "kmeans_1d"]
 
 Init = Literal["linear", "density", "random", "kmeans++", "optimal"]
 INITS: tuple[Init, ...] = ("linear", "density", "random", "kmeans++", "optimal")

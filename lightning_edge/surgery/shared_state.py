@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_edge.functional.sharing import assign_1d, cluster_means, code_lengths
+from lightning_edge.functional.rate import assign_1d, code_lengths
+from lightning_edge.functional.sharing import cluster_means
 from lightning_edge.surgery.codebooks import Codebooks
 
 Gradient = Literal["mean", "sum"]

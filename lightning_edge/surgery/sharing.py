@@ -7,25 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.functional.sharing import Init, check_clusters
-from lightning_edge.surgery.channel_scales import channel_scales
 from lightning_edge.surgery.clustering import cluster_
 from lightning_edge.surgery.codebooks import Codebooks, checked_importance, prices, relative_importance
 from lightning_edge.surgery.selection import select_weights
 from lightning_edge.surgery.shared_state import Gradient, code_entropy, project_, reassign_, share_gradient_
-
-__all__ = [
-    "Clusters",
-    "Gradient",
-    "LayerSharing",
-    "ShareReport",
-    "channel_scales",
-    "project_shared_",
-    "reassign_shared_",
-    "resolve_clusters",
-    "select_shared",
-    "share_gradients_",
-    "share_weights_",
-]
 
 Clusters = int | Mapping[str, int]
 
@@ -152,7 +137,7 @@ def share_weights_(  # noqa: PLR0913 - every option once, by keyword
         bits: The same said in bits: ``clusters = 2**bits``.
         init: Start of the k-means, see :func:`~lightning_edge.functional.sharing.kmeans_1d`.
         channel_scale: A weight is scale of its output channel x shared value, one float32 product. The exporter moves
-            the scales behind the layer, where a batch norm takes them for nothing; :func:`channel_scales` finds them
+            the scales behind the layer, where a batch norm takes them for nothing; ``channel_scales`` finds them
             again. Errors count relative to their channel, as behind a batch norm: the k-means is over the weights
             divided by their channel's root mean square, and values, scales and codes are fitted in turn.
         rate: Squared error that one bit may save, >= 0, as a fraction of the mean square of the layer's non-zero

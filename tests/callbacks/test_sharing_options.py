@@ -9,7 +9,8 @@ import lightning_edge.callbacks.sharing as sharing_module
 from lightning_edge import WeightPruning, WeightSharing, export
 from lightning_edge.artifact.tensors import order0_bits
 from lightning_edge.callbacks.byte_budget import share_within
-from lightning_edge.surgery.sharing import ShareReport, channel_scales
+from lightning_edge.surgery.channel_scales import channel_scales
+from lightning_edge.surgery.sharing import ShareReport
 
 WEIGHTS = ("model.0.weight", "model.3.weight", "model.7.weight")
 THROUGH = {"at_epochs": [1], "reassign_every": 3}

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lightning_edge import share_weights_
-from lightning_edge.surgery.sharing import channel_scales
+from lightning_edge.surgery.channel_scales import channel_scales
 
 
 def made(*, rows=24, columns=60, values=9, seed=0, sparsity=0.0):
