@@ -1,6 +1,5 @@
 """Write the files that ship, and run each before the fit is called a success."""
 
-import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lightning_edge.artifact import load_artifact
 from lightning_edge.export import export
 from lightning_edge.export.verification import ArtifactMismatchError, Verification, verify
+from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.deadunits import DeadUnitsReport, remove_dead_units_
 from lightning_edge.surgery.selection import find_network
 
@@ -133,7 +133,7 @@ class ExportArtifacts(L.Callback):
         """Return a copy of the network without its dead units."""
         if not self.remove_dead_units:
             return network
-        alive = copy.deepcopy(network)
+        alive = copied(network)
         with torch.enable_grad():  # tracing needs it
             self.dead_units = remove_dead_units_(alive, example_inputs=tuple(value[:2] for value in example))
         if self.dead_units.count:

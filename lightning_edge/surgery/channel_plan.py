@@ -1,6 +1,5 @@
 """What channel pruning may cut, what it costs, and which units a target leaves."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_edge.functional.channels import Cost, units_to_keep
+from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import ChannelGroup, Coupling, coupled_groups, flat_tensors
 from lightning_edge.surgery.selection import WEIGHTED
 from lightning_edge.surgery.slicing import channel_tensors, is_depthwise, weight_of, width
@@ -240,9 +240,9 @@ def _channel_tensors(layer: nn.Module) -> Mapping[str, int]:
 def _output_positions(network: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, float]:
     """Return how often each weight of a layer is used for one input row."""
     rows = len(flat_tensors(example_inputs)[0])
-    copied = copy.deepcopy(network).eval()
+    trial = copied(network).eval()
     positions: dict[str, float] = {}
-    for name, layer in copied.named_modules():
+    for name, layer in trial.named_modules():
         if isinstance(layer, nn.MultiheadAttention):
             # Its output projection is never called as a module.
             def attend(layer: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
@@ -260,7 +260,7 @@ def _output_positions(network: nn.Module, example_inputs: tuple[Any, ...]) -> di
 
             layer.register_forward_hook(count)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # else an encoder layer takes a path past its modules
-        copied(*example_inputs)
+        trial(*example_inputs)
     return positions
 
 

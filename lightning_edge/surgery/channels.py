@@ -1,6 +1,5 @@
 """Remove whole channels: the network gets narrower, and every runtime gets faster."""
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_edge.surgery.channel_plan import ChannelPlan, Target
 from lightning_edge.surgery.channel_scores import SCORES, ChannelScore, score_units
+from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import flat_tensors, remove_units_, zero_units_
 from lightning_edge.surgery.widths import Manifest, changed_widths, read_widths, rebuild_, widths_of
 
@@ -126,8 +126,8 @@ def remove_(
         (plan.macs([torch.ones(g.units) for g in plan.groups]), plan.macs(kept)),
         _parameter_count(module),
     )
-    slimmed = copy.deepcopy(module)
-    zeroed = copy.deepcopy(module)
+    slimmed = copied(module)
+    zeroed = copied(module)
     zero_units_(zeroed, plan.groups, kept)
     remove_units_(slimmed, plan.groups, kept)
     expected, outputs = _eval(zeroed, example_inputs), _eval(slimmed, example_inputs)

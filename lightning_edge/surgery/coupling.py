@@ -1,6 +1,5 @@
 """Which channels of which layers can only be removed together: coupled groups, found by tracing and proved by trial."""
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch_pruning.ops import OPTYPE
 
+from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.heads import head_groups, narrow_
 from lightning_edge.surgery.selection import WEIGHTED
 from lightning_edge.surgery.slicing import Side, channel_tensors, cut_, is_depthwise, weight_of, width
@@ -171,13 +171,13 @@ class Trial:
     """Compares zeroed with removed units, in double precision where the network can."""
 
     def __init__(self, network: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-        self._network = copy.deepcopy(network).eval().requires_grad_(False)
+        self._network = copied(network).eval().requires_grad_(False)
         self._inputs = example_inputs
         try:
             self._shape = _shapes(self._run(self._network))
         except Exception as error:
             raise ValueError(f"example_inputs must be what the network is called with, got: {error}") from error
-        doubled = copy.deepcopy(self._network).double()
+        doubled = copied(self._network).double()
         inputs = tuple(value.double() if _is_real(value) else value for value in example_inputs)
         try:
             doubled(*inputs)
@@ -191,7 +191,7 @@ class Trial:
         if group.units < 2:
             return "it has a single unit"
         kept = torch.arange(group.units) % 2 == 0
-        zeroed, removed = copy.deepcopy(self._network), copy.deepcopy(self._network)
+        zeroed, removed = copied(self._network), copied(self._network)
         zero_units_(zeroed, [group], [kept])
         expected = self._run(zeroed)
         try:
@@ -236,7 +236,7 @@ def _shapes(outputs: Sequence[Tensor]) -> list[torch.Size]:
 
 def _traced_groups(network: nn.Module, example_inputs: tuple[Any, ...]) -> Iterator[tuple[str, ChannelGroup | str]]:
     """Yield the name of a producing layer with its group, or with the reason why it has none; no producer twice."""
-    traced = copy.deepcopy(network).requires_grad_(True)
+    traced = copied(network).requires_grad_(True)
     traced.__dict__.pop("forward", None)  # of a network under quantization-aware training, the plain one
     names = {layer: name for name, layer in traced.named_modules()}
     owners: dict[int, int] = {}

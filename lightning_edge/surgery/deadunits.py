@@ -1,6 +1,5 @@
 """Remove the channels and neurons that unstructured pruning has left without an input or without an output."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import (
     ChannelGroup,
     coupled_groups,
@@ -102,7 +102,7 @@ def _remove_(module: nn.Module, inputs: tuple[Any, ...], *, fold: bool) -> tuple
     """Remove dead units; return the report, and which channels stay on the sides that lost some."""
     groups = [group for group in coupled_groups(module, inputs).groups if group.heads is None]
     before, was_training = widths_of(module), module.training
-    trial = copy.deepcopy(module).eval()
+    trial = copied(module).eval()
     expected = _run(trial, inputs)
     alive = [torch.ones(group.units, dtype=torch.bool) for group in groups]
     while True:

@@ -1,12 +1,13 @@
 """Scores of weights without data: how much flows through each."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_edge.surgery.copying import copied
 
 
 def synflow_scores(
@@ -34,7 +35,7 @@ def synflow_scores(
     >>> synflow_scores(layer, dict(layer.named_parameters()), {}, (torch.zeros(1, 2),))
     {'weight': tensor([[0.7500, 0.2500]])}
     """
-    flow = copy.deepcopy(network).double().eval().requires_grad_(True)
+    flow = copied(network).double().eval().requires_grad_(True)
     flow.__dict__.pop("forward", None)  # of a network under quantization-aware training, the plain one
     with torch.no_grad():
         for layer in flow.modules():

@@ -158,3 +158,25 @@ def test_a_network_that_makes_single_precision_inside_is_compared_in_single_prec
 
     assert Trial(Single(), (torch.randn(2, 4),))._tolerance == 1e-4
     assert [group.name for group in coupled_groups(Single(), (torch.randn(2, 4),)).groups] == ["a"]
+
+
+class Recorder:
+    """Keeps the last output it saw: what a LightningModule around the network looks like to a hook."""
+
+    def __init__(self):
+        self.output = None
+
+    def keep(self, layer, inputs, output):
+        self.output = output
+
+
+def test_hooks_that_hold_activations_do_not_stop_the_search_for_groups():
+    network, inputs, recorder = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+        torch.randn(2, 4),
+        Recorder(),
+    )
+    network[0].register_forward_hook(recorder.keep)
+    network(inputs)
+    assert recorder.output.grad_fn is not None
+    assert [group.name for group in coupled_groups(network, (inputs,)).groups] == ["0"]
