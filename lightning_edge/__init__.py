@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lightning_edge.callbacks.resume import ExactResume
     from lightning_edge.callbacks.sharing import WeightSharing
     from lightning_edge.export import export
+    from lightning_edge.modules.distillation import DistillationModule
+    from lightning_edge.modules.distillation_terms import DistillationTerm
     from lightning_edge.surgery.channels import slim_channels_
     from lightning_edge.surgery.deadunits import remove_dead_units_
     from lightning_edge.surgery.pruning import prune_
@@ -32,6 +34,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChannelPruning",
+    "DistillationModule",
+    "DistillationTerm",
     "ExactResume",
     "ExportArtifacts",
     "QuantizationAwareTraining",
@@ -51,6 +55,8 @@ __all__ = [
 
 _HOMES = {
     "ChannelPruning": "callbacks.channels",
+    "DistillationModule": "modules.distillation",
+    "DistillationTerm": "modules.distillation_terms",
     "ExactResume": "callbacks.resume",
     "ExportArtifacts": "callbacks.export",
     "QuantizationAwareTraining": "callbacks.quantization",

@@ -12,6 +12,7 @@ from torchao.quantization.pt2e import FakeQuantize
 from lightning_edge.surgery.batchnorm import fold_, scale_and_shift_
 from lightning_edge.surgery.capture import ModeLiteral, copy_graph, set_literal, training_flags
 from lightning_edge.surgery.fakequant import replace_fake_quantizers_
+from lightning_edge.surgery.taps import remove_taps_
 
 _Tensors = dict[str, Tensor | None]  # of one module: its parameters or its buffers
 _STATE = ("min_val", "max_val", "scale", "zero_point")
@@ -164,6 +165,7 @@ class CapturedNetwork:
         self._check_calibrated("converted")
         self._follow()
         graph_module = copy_graph(self.graph_module)
+        remove_taps_(graph_module)
         nodes = {node.name: node for node in graph_module.graph.nodes}
         for literal in self._literals:
             set_literal(nodes[literal.node], literal.argument, literal.in_evaluation)

@@ -15,7 +15,8 @@ Layer = nn.Linear | _ConvNd
 def network_path(module: nn.Module, path: str | None = None) -> str:
     """Return the dotted path of the network inside ``module``: ``path``, else where it can only be.
 
-    Without a ``path`` it is the only child that holds parameters, else (several or none) the module itself, ``""``.
+    Without a ``path`` it is the network of the student of a ``DistillationModule``, else the only child that holds
+    parameters, else (several or none) the module itself, ``""``.
 
     Raises:
         ValueError: If there is no submodule of that path.
@@ -23,6 +24,10 @@ def network_path(module: nn.Module, path: str | None = None) -> str:
     >>> network_path(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     '0'
     """
+    student = getattr(type(module), "student_child", None)
+    if path is None and student is not None:  # said by the class: importing it from here would turn the layers around
+        inner = network_path(module.get_submodule(student))
+        return f"{student}.{inner}" if inner else str(student)
     if path is None:
         children = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
         owns_parameters = any(True for _ in module.parameters(recurse=False))
@@ -41,8 +46,15 @@ def find_network(module: nn.Module, path: str | None = None) -> nn.Module:
     >>> find_network(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     Linear(in_features=2, out_features=3, bias=True)
     """
-    network = module.get_submodule(network_path(module, path))
-    # torch.compile(network) wraps: the names inside are those of the network itself.
+    return unwrapped(module.get_submodule(network_path(module, path)))
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network inside of what ``torch.compile`` gave: the names inside are those of the network itself.
+
+    >>> unwrapped(nn.ReLU())
+    ReLU()
+    """
     inner = getattr(network, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else network
 

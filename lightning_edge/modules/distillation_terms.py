@@ -1,0 +1,134 @@
+"""One thing that a student learns from its teacher: which loss, on which layers, how much, and when."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from lightning_edge.functional.distillation import (
+    attention_loss,
+    contrastive_loss,
+    cosine_loss,
+    decoupled_loss,
+    hint_loss,
+    relational_loss,
+    similarity_loss,
+    soft_target_loss,
+    squared_loss,
+)
+from lightning_edge.functional.schedules import Schedule, find_schedule, progress_at
+
+Loss = Callable[..., Tensor]
+
+LOSSES: dict[str, Loss] = {
+    "soft_targets": soft_target_loss,
+    "decoupled": decoupled_loss,
+    "hint": hint_loss,
+    "attention": attention_loss,
+    "similarity": similarity_loss,
+    "relational": relational_loss,
+    "contrastive": contrastive_loss,
+    "squared": squared_loss,
+    "cosine": cosine_loss,
+}
+_SAME_SHAPE = (hint_loss, squared_loss, cosine_loss)
+_PROJECTED = (contrastive_loss,)
+
+
+@dataclass(frozen=True)
+class DistillationTerm:
+    """A term of a student's loss: its weight times a loss between what the student gives and what its teacher gives.
+
+    Args:
+        loss: A name of :data:`LOSSES`, or a callable ``(student, teacher)`` of tensors that returns a scalar; one
+            with a parameter ``labels`` gets these too.
+        weight: Factor of the loss, >= 0.
+        layers: Layers of the student to layers of the teacher, names or globs, see ``match_layers``; the loss is the
+            mean over the pairs. Default: the outputs of the networks.
+        temperature: Of the losses that have one; default: the loss's own.
+        end_weight: Weight from ``end_epoch`` on; default: it stays.
+        start_epoch: Zero-based epoch up to which the weight is ``weight``.
+        end_epoch: Epoch from which it is ``end_weight``; default: the last of the fit.
+        schedule: The way between them, see ``functional.schedules``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    >>> DistillationTerm("hint", weight=0.0, end_weight=3.0, layers={"layer3": "layer3"}).weight_at(5, last_epoch=10)
+    1.5
+    """
+
+    loss: str | Loss = "soft_targets"
+    weight: float = 1.0
+    layers: Mapping[str, str] | None = None
+    temperature: float | None = None
+    end_weight: float | None = None
+    start_epoch: float = 0.0
+    end_epoch: float | None = None
+    schedule: str | Schedule = "linear"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {sorted(LOSSES)} or a callable, got {self.loss!r}")
+        for name, weight in (("weight", self.weight), ("end_weight", self.end_weight)):
+            if weight is not None and not weight >= 0:
+                raise ValueError(f"{name} must be >= 0, got {weight}")
+        if not self.weight and not self.end_weight:
+            raise ValueError(f"weight must be positive, got {self.weight}: without end_weight the term does nothing")
+        if self.temperature is not None and "temperature" not in self._parameters:
+            raise ValueError(
+                f"temperature must be left out for the loss {self.loss!r}, which has none, got {self.temperature}"
+            )
+        if self.layers is not None and not self.layers:
+            raise ValueError("layers must name at least one pair of layers, got none: leave it out for the outputs")
+        if self.end_epoch is not None and self.end_epoch <= self.start_epoch:
+            raise ValueError(f"end_epoch must be above start_epoch={self.start_epoch}, got {self.end_epoch}")
+        find_schedule(self.schedule)
+
+    @property
+    def function(self) -> Loss:
+        """The loss with its temperature."""
+        function = LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
+        return function if self.temperature is None else partial(function, temperature=self.temperature)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the loss takes the labels of the batch."""
+        return "labels" in self._parameters
+
+    @property
+    def needs_same_shape(self) -> bool:
+        """Whether features of different sizes need an adapter."""
+        return self._bare in _SAME_SHAPE
+
+    @property
+    def needs_projections(self) -> bool:
+        """Whether both sides are projected to one embedding."""
+        return self._bare in _PROJECTED
+
+    def weight_at(self, epoch: float, *, last_epoch: float) -> float:
+        """Return the weight at an epoch (zero-based).
+
+        Args:
+            epoch: May lie between two whole epochs.
+            last_epoch: The last one of the fit: where ``end_weight`` is reached without an ``end_epoch``.
+        """
+        if self.end_weight is None:
+            return self.weight
+        end = last_epoch if self.end_epoch is None else self.end_epoch
+        done = progress_at(epoch, start=self.start_epoch, end=end) if end > self.start_epoch else 1.0
+        return self.weight + (self.end_weight - self.weight) * find_schedule(self.schedule)(done)
+
+    @property
+    def _bare(self) -> object:
+        function = self.function
+        while isinstance(function, partial):
+            function = function.func
+        return function
+
+    @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        function = LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
+        return inspect.signature(function).parameters

@@ -1,0 +1,124 @@
+"""What a network computes on its way: outputs of named layers, of teacher and student alike."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_edge.surgery.captured import CapturedNetwork
+from lightning_edge.surgery.selection import unwrapped
+from lightning_edge.surgery.taps import tap_
+
+
+@dataclass
+class Call:
+    """One call of a network."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Outputs of the layers that are looked at, by qualified name."""
+
+
+@contextmanager
+def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Call]]:
+    """Record every call of the network while the context is open: inputs, output, and the outputs of some layers.
+
+    Gradients flow through what is recorded. Nothing stays in the network afterwards, but for a network under
+    quantization-aware training, whose layers do not run as modules: its graph gets further outputs, which cost nothing.
+
+    Args:
+        network: As it is called; one that ``torch.compile`` wraps may have no ``layers``, its insides are not called.
+        layers: Qualified names of layers inside of it, of which each gives a tensor (or a tuple that begins with one).
+
+    Raises:
+        ValueError: If a layer gives no tensor.
+
+    >>> import torch
+    >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> with recorded(network, ["0"]) as calls: _ = network(torch.zeros(4, 2))
+    >>> calls[0].features["0"].shape, calls[0].output.shape
+    (torch.Size([4, 3]), torch.Size([4, 3]))
+    """
+    calls: list[Call] = []
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(args, kwargs))
+
+    def end(_: nn.Module, __: object, output: object) -> None:
+        calls[-1].output = output
+
+    with ExitStack() as stack:
+        stack.enter_context(network.register_forward_pre_hook(begin, with_kwargs=True))
+        for name, layer in _layers(network, layers).items():
+
+            def keep(_: nn.Module, __: object, output: object, name: str = name) -> None:
+                calls[-1].features[name] = _tensor(output, name)
+
+            stack.enter_context(layer.register_forward_hook(keep))
+        stack.enter_context(network.register_forward_hook(end))
+        yield calls
+
+
+def match_layers(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return pairs of qualified names: of a layer of the student, and of the teacher's that it learns from.
+
+    In a glob ``*`` stands for a part of one name: ``"layer*"`` is ``layer1`` and ``layer2``, not ``layer1.0``.
+
+    Args:
+        student: The network that learns.
+        teacher: The network that teaches.
+        layers: Names or globs of the student, to names or globs of the teacher; both must match equally many, which are
+            paired in the order of the modules.
+
+    Raises:
+        ValueError: If a name matches nothing, with the nearest names; if the numbers differ.
+
+    >>> match_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Sequential(nn.Linear(2, 5)), {"0": "0"})
+    [('0', '0')]
+    """
+    pairs: list[tuple[str, str]] = []
+    for ours, theirs in layers.items():
+        own, other = _matching(student, ours, "student"), _matching(teacher, theirs, "teacher")
+        if len(own) != len(other):
+            raise ValueError(
+                f"layers must match equally many layers of student and teacher, got {ours!r} with {own} and"
+                f" {theirs!r} with {other}"
+            )
+        pairs.extend(zip(own, other, strict=True))
+    return pairs
+
+
+def _layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    inner = unwrapped(network)
+    captured = vars(inner).get("forward")
+    if isinstance(captured, CapturedNetwork):
+        return {name: tap_(captured.graph_module, name) for name in names}
+    return {name: inner.get_submodule(name) for name in names}
+
+
+def _matching(network: nn.Module, pattern: str, whose: str) -> list[str]:
+    names = [name for name, _ in unwrapped(network).named_modules() if name]
+    found = [name for name in names if _matches(name.split("."), pattern.split("."))]
+    if not found:
+        near = difflib.get_close_matches(pattern, names, n=3) or names[:4]
+        raise ValueError(
+            f"layers must name layers of the {whose}, got {pattern!r}, which matches none; nearest: {near}"
+        )
+    return found
+
+
+def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _tensor(output: object, name: str) -> Tensor:
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, Tensor):
+        raise ValueError(f"layer {name!r} must give a tensor to be matched, got a {type(output).__name__}")
+    return first

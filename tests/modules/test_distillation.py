@@ -1,0 +1,351 @@
+import copy
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_edge import DistillationModule, DistillationTerm, ExactResume
+from lightning_edge.functional.distillation import hint_loss, soft_target_loss
+from lightning_edge.modules import ClassificationModule, MovingAverage, pretrained
+from lightning_edge.modules.teachers import Teachers
+from lightning_edge.surgery.selection import find_network, network_path
+
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.drop = nn.Dropout(0.2)
+        self.fc = nn.Linear(width, 4)
+
+    def forward(self, images):
+        return self.fc(self.drop(torch.relu(self.norm(self.conv(images)))).mean((2, 3)))
+
+
+class Task(L.LightningModule):
+    """Logs, steps its learning rate, counts its hooks: all that a student may do by itself."""
+
+    def __init__(self, network=None):
+        super().__init__()
+        self.net = network or Net()
+        self.hooks = []
+
+    def training_step(self, batch, batch_idx):
+        self.hooks.append("training_step")
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return {"loss": loss, "batch_idx": batch_idx}
+
+    def validation_step(self, batch):
+        self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.hooks.append(f"batch {outputs['batch_idx']}")
+
+    def on_train_epoch_end(self):
+        self.log("epoch", float(self.current_epoch))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def data(rows=48):
+    draw = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(rows, 1, 6, 6, generator=draw), torch.randint(0, 4, (rows,), generator=draw))
+
+
+def loaders():
+    return DataLoader(data(), 16, shuffle=True), DataLoader(data(), 16)
+
+
+def network(seed=0, width=8):
+    torch.manual_seed(seed)
+    return Net(width)
+
+
+def fit(module, folder, *callbacks, epochs=2, ckpt_path=None, **options):
+    L.seed_everything(1, verbose=False)
+    settings = {
+        "max_epochs": epochs,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+    trainer = L.Trainer(**settings | options, callbacks=[ExactResume(), *callbacks, keep])
+    trainer.fit(module, *loaders(), ckpt_path=ckpt_path)
+    return trainer
+
+
+LAYERS = {
+    "soft": DistillationTerm("soft_targets", weight=0.5, temperature=2.0),
+    "hint": DistillationTerm("hint", layers={"conv": "conv"}),
+    "contrast": DistillationTerm("contrastive", layers={"norm": "norm"}),
+    "label": DistillationTerm("decoupled"),
+}
+
+
+def test_a_student_keeps_its_own_steps_logs_optimizer_and_hooks(tmp_path):
+    task = Task(network())
+    trainer = fit(DistillationModule(task, network(1)), tmp_path)
+    assert {"train/loss", "val/loss", "epoch", "distillation/soft_targets", "distillation/task"} <= set(
+        trainer.callback_metrics
+    )
+    assert task.hooks == ["training_step", "batch 0", "training_step", "batch 1", "training_step", "batch 2"] * 2
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+def test_the_loss_is_the_weighted_sum_of_the_task_and_the_terms(tmp_path):
+    student, teacher, (inputs, labels) = network(), network(1, 16), data().tensors
+    student.drop.p = 0.0
+    module = DistillationModule(
+        ClassificationModule(student, num_classes=4),
+        teacher,
+        {
+            "soft": DistillationTerm(weight=0.7, temperature=3.0),
+            "hint": DistillationTerm("hint", weight=2.0, layers={"norm": "norm"}),
+        },
+        task_weight=0.2,
+    )
+    trainer = fit(module, tmp_path, limit_train_batches=0)
+    module.trainer = trainer
+    module.log_dict = lambda *_, **__: None
+    module.student.log = lambda *_, **__: None
+    module.train()
+    loss = module.training_step((inputs, labels), 0)
+    student.train()
+    logits, features = student(inputs), student.norm(student.conv(inputs))
+    teacher.eval()
+    expected = (
+        0.2 * F.cross_entropy(logits, labels)
+        + 0.7 * soft_target_loss(logits, teacher(inputs), temperature=3.0)
+        + 2.0
+        * hint_loss(
+            module.matching.adapters["hint_0_0_student"].projection(features), teacher.norm(teacher.conv(inputs))
+        )
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_teacher_is_frozen_in_evaluation_mode_and_nowhere_to_be_found(tmp_path):
+    teacher = ClassificationModule(network(1, 16))
+    before = copy.deepcopy(teacher.network.state_dict())
+    module = DistillationModule(Task(network()), teacher, LAYERS)
+    trainer = fit(module.train(), tmp_path)
+    module.train()
+    assert not teacher.network.training
+    assert all(torch.equal(before[name], value) for name, value in teacher.network.state_dict().items())
+    owned = {id(parameter) for parameter in module.parameters()}
+    stepped = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    assert not theirs & (owned | stepped)
+    assert stepped == owned  # the adapters are stepped with the student
+    state = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"student", "matching"}
+    assert all("adapters" in name for name in state if name.startswith("matching"))
+
+
+def test_the_student_s_state_is_plain_and_strict(tmp_path):
+    module = DistillationModule(Task(network()), network(1, 16), LAYERS)
+    fit(module, tmp_path)
+    Net().load_state_dict(module.student_state_dict(), strict=True)
+
+
+def test_adapters_are_trained(tmp_path):
+    module = DistillationModule(Task(network()), network(1, 16), LAYERS)
+    module_of_an_epoch = copy.deepcopy(module)
+    fit(module, tmp_path / "two")
+    fit(module_of_an_epoch, tmp_path / "one", epochs=1)
+    trained, earlier = (m.matching.adapters.state_dict() for m in (module, module_of_an_epoch))
+    assert len(trained) == 6  # a convolution, and two projections, each with a bias
+    assert all(not torch.equal(value, earlier[name]) for name, value in trained.items())
+
+
+def test_a_checkpoint_loads_without_the_teacher(tmp_path):
+    module = DistillationModule(Task(network()), network(1, 16), LAYERS)
+    trainer = fit(module, tmp_path)
+    loaded = DistillationModule.load_from_checkpoint(tmp_path / "epoch=1.ckpt", student=Task(), weights_only=True)
+    inputs = data().tensors[0]
+    assert torch.equal(loaded.eval().student.net(inputs), module.eval().student.net(inputs))
+    results = trainer.validate(
+        DistillationModule(Task()), loaders()[1], ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False
+    )
+    assert results[0]["val/loss"] == pytest.approx(float(trainer.callback_metrics["val/loss"]))
+    with pytest.raises(ValueError, match="teacher must be given to train a student, got None"):
+        fit(loaded, tmp_path / "none")
+
+
+@pytest.mark.parametrize("make", [lambda: network(1, 16), lambda: MovingAverage(0.8)])
+def test_resumed_equals_uninterrupted(tmp_path, make):
+    terms = LAYERS | {"late": DistillationTerm("squared", weight=0.0, end_weight=1.0)}
+    whole = DistillationModule(Task(network()), make(), terms)
+    fit(whole, tmp_path / "whole", epochs=3)
+    resumed = DistillationModule(Task(network(5)), make(), terms)
+    fit(resumed, tmp_path / "resumed", epochs=3, ckpt_path=tmp_path / "whole" / "epoch=0.ckpt")
+    assert whole.state_dict().keys() == resumed.state_dict().keys()
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    averages, others = whole.matching.teachers.averages(), resumed.matching.teachers.averages()
+    assert all(torch.equal(value, others[name]) for name, value in averages.items())
+
+
+def test_a_moving_average_follows_the_student(tmp_path):
+    module = DistillationModule(Task(network()), MovingAverage(0.0))
+    fit(module, tmp_path, epochs=1)
+    for name, value in module.matching.teachers.averages().items():
+        torch.testing.assert_close(value, module.student_state_dict()[name.removeprefix("0.")], msg=name)
+    assert not network(0).load_state_dict(module.student_state_dict()).missing_keys
+
+
+def test_a_path_is_a_teacher_of_the_student_s_own_architecture(tmp_path):
+    dense = ClassificationModule(network(3))
+    torch.save({"state_dict": dense.state_dict()}, tmp_path / "dense.ckpt")
+    module = DistillationModule(Task(network()), tmp_path / "dense.ckpt")
+    fit(module, tmp_path, epochs=1)
+    taught = module.matching.teachers.networks[0]
+    assert torch.equal(taught.conv.weight, dense.network.conv.weight)
+    assert torch.equal(pretrained(Net(), tmp_path / "dense.ckpt").conv.weight, dense.network.conv.weight)
+    with pytest.raises(FileNotFoundError, match="checkpoint must be a file"):
+        fit(DistillationModule(Task(), str(tmp_path / "none.ckpt")), tmp_path)
+
+
+def test_several_teachers_count_by_their_shares(tmp_path):
+    first, second = network(1), network(2)
+    values = {}
+    for name, teacher, weights in (("1", first, None), ("2", second, None), ("both", [first, lambda: second], [3, 1])):
+        module = DistillationModule(Task(network()), teacher, teacher_weights=weights)
+        trainer = fit(module, tmp_path / name, limit_train_batches=1, epochs=1)
+        values[name] = float(trainer.callback_metrics["distillation/soft_targets"])
+    assert values["both"] == pytest.approx(0.75 * values["1"] + 0.25 * values["2"], rel=1e-4)
+
+
+def test_weights_follow_their_schedule():
+    term = DistillationTerm(weight=1.0, end_weight=0.0, start_epoch=2, end_epoch=6)
+    assert [term.weight_at(epoch, last_epoch=9) for epoch in (0, 2, 3, 6, 9)] == [1.0, 1.0, 0.75, 0.0, 0.0]
+    assert DistillationTerm(weight=2.0).weight_at(5, last_epoch=9) == 2.0
+    assert DistillationTerm(weight=0.0, end_weight=2.0, schedule="cubic").weight_at(5, last_epoch=10) == 1.75
+    assert DistillationTerm(weight=0.0, end_weight=2.0).weight_at(0, last_epoch=0) == 2.0
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_an_averaged_student_has_no_teacher_and_keeps_its_adapters(tmp_path):
+    module = DistillationModule(Task(network()), network(1, 16), LAYERS)
+    averaging = EMAWeightAveraging(decay=0.5)
+    fit(module, tmp_path, averaging)
+    assert len(module.matching.adapters) == 3
+    assert module.matching.teachers.networks[0].conv.weight.shape[0] == 16
+
+
+def test_a_deep_copy_runs_its_own_hooks_and_shares_the_teacher():
+    module = DistillationModule(Task(network()), network(1))
+    twin = copy.deepcopy(module)
+    assert twin.matching.teachers is module.matching.teachers
+    twin.on_train_batch_end({"batch_idx": 7}, None, 0)
+    assert twin.student.hooks == ["batch 7"]
+    assert module.student.hooks == []
+
+
+def test_callbacks_find_the_network_of_the_student():
+    module = DistillationModule(Task(network()), network(1, 16))
+    assert network_path(module) == "student.net"
+    assert find_network(module) is module.student.net
+    assert network_path(DistillationModule(network(), network(1), num_classes=4)) == "student.network"
+
+
+def test_two_calls_of_the_network_in_a_step_are_averaged(tmp_path):
+    class Twice(Task):
+        def training_step(self, batch):
+            views = self.net(batch[0]), self.net(-batch[0])
+            loss = sum(F.cross_entropy(view, batch[1]) for view in views)
+            return {"loss": loss, "batch_idx": 0}
+
+    student = network()
+    student.drop.p = 0.0
+    module = DistillationModule(Twice(student), network(1))
+    trainer = fit(module, tmp_path, limit_train_batches=1, epochs=1, max_steps=1)
+    assert torch.isfinite(trainer.callback_metrics["distillation/soft_targets"])
+
+
+def test_tokens_are_matched_through_an_output_adapter(tmp_path):
+    class Tagger(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 5))
+            self.example_input_array = torch.zeros(2, 7, dtype=torch.long)
+
+        def training_step(self, batch):
+            return F.cross_entropy(self.net(batch["tokens"]).flatten(0, 1), batch["tags"].flatten())
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    rows = [{"tokens": torch.arange(7), "tags": torch.arange(7) % 5}] * 8
+    module = DistillationModule(
+        Tagger(),
+        Tagger(),
+        {"soft": DistillationTerm(), "hidden": DistillationTerm("hint", layers={"0": "0"})},
+        output_adapter=partial(torch.flatten, start_dim=0, end_dim=1),
+    )
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(rows, 4))
+    assert float(trainer.callback_metrics["distillation/hidden"]) > 0
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    class Manual(Task):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    class Silent(Task):
+        def training_step(self, batch, batch_idx):
+            return self.net.forward(batch[0]).mean()
+
+    with pytest.raises(ValueError, match="student must use automatic optimization, got Manual"):
+        DistillationModule(Manual(), network())
+    with pytest.raises(ValueError, match="training_step of Silent must call its network, a Net"):
+        fit(DistillationModule(Silent(), network()), tmp_path)
+    with pytest.raises(ValueError, match="task_weight must be >= 0, got -1"):
+        DistillationModule(Task(), network(), task_weight=-1)
+    with pytest.raises(ValueError, match="losses must hold at least one term"):
+        DistillationModule(Task(), network(), {})
+    with pytest.raises(ValueError, match="layers must name layers of the teacher, got 'conf'.*'conv'"):
+        fit(DistillationModule(Task(), network(), {"a": DistillationTerm("hint", layers={"conv": "conf"})}), tmp_path)
+    with pytest.raises(ValueError, match="teacher must be at least one network"):
+        DistillationModule(Task(), [])
+    with pytest.raises(ValueError, match="teacher_weights must be 2 numbers"):
+        Teachers([network(), network()], [1.0])
+    with pytest.raises(ValueError, match="decay must lie in"):
+        MovingAverage(1.0)
+
+
+def test_terms_refuse_what_they_cannot_do():
+    with pytest.raises(ValueError, match="loss must be one of .* got 'kd'"):
+        DistillationTerm("kd")
+    with pytest.raises(ValueError, match="weight must be positive, got 0"):
+        DistillationTerm(weight=0)
+    with pytest.raises(ValueError, match="weight must be >= 0, got -1"):
+        DistillationTerm(weight=-1)
+    with pytest.raises(ValueError, match="temperature must be left out"):
+        DistillationTerm("hint", temperature=2.0, layers={"a": "b"})
+    with pytest.raises(ValueError, match="layers must name at least one pair"):
+        DistillationTerm("hint", layers={})
+    with pytest.raises(ValueError, match="end_epoch must be above start_epoch=3"):
+        DistillationTerm(start_epoch=3, end_epoch=3)
+    with pytest.raises(ValueError, match="schedule must be one of"):
+        DistillationTerm(schedule="fast")
