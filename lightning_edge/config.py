@@ -23,6 +23,8 @@ _NOT_IN_HASH = (
     "baseline",
     "resume",
     "data.path",
+    "distillation.teacher",  # a path; what teaches by itself is the dense baseline
+    "distillation.teacher.checkpoint",
     "data.folder",
     "data.num_workers",
     "trainer.accelerator",
@@ -74,7 +76,7 @@ def group_names() -> list[str]:
     """Return the configuration groups, ``recipe`` among them.
 
     >>> group_names()
-    ['callbacks', 'data', 'export', 'model', 'recipe', 'trainer']
+    ['callbacks', 'data', 'distillation', 'export', 'model', 'recipe', 'trainer']
     """
     return sorted([*(path.name for path in config_folder().iterdir() if path.is_dir()), "recipe"])
 
@@ -120,6 +122,7 @@ def dense_stage(cfg: DictConfig) -> DictConfig:
     assert isinstance(root, dict)
     dense = root.pop("dense")
     del root["callbacks"]
+    root.pop("distillation", None)  # the baseline learns from the data alone
     merged = OmegaConf.merge(root, dense)
     assert isinstance(merged, DictConfig)
     OmegaConf.set_struct(merged, True)

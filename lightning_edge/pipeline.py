@@ -84,7 +84,7 @@ def _quiet() -> None:
 
 def _check(cfg: DictConfig) -> None:
     """Build everything once and let it object, so that nothing is trained for a mistake that shows at its end."""
-    model = instantiate(cfg.model)
+    model = _taught(cfg, instantiate(cfg.model))
     instantiate(cfg.data)
     trainer = instantiate(cfg.trainer, logger=False)
     looking = [] if cfg.get("sensitivity") is None else [instantiate(cfg.sensitivity)]
@@ -135,12 +135,19 @@ def _fit(
     if start is not None:
         rebuild_(model, changed_widths(widths_of(model), widths_of(start)))  # a narrow baseline stays narrow
         model.load_state_dict(start.state_dict())
+    model = _taught(cfg, model)
     trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()))
     _say(f"{stage}: {trainer.max_epochs} epochs" + (f", resumed from {last}" if last.exists() else ""))
     trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
     return trainer, model, data
+
+
+def _taught(cfg: DictConfig, model: L.LightningModule) -> L.LightningModule:
+    """Return the module that is fitted: the model itself, or the distillation that it is the student of."""
+    taught: L.LightningModule = model if cfg.get("distillation") is None else instantiate(cfg.distillation)(student=model)
+    return taught
 
 
 def _load(model: L.LightningModule, checkpoint: Path) -> L.LightningModule:
