@@ -67,7 +67,7 @@ def recipe_titles() -> dict[str, str]:
     """Return what each recipe does, one line, by the name that ``recipe=NAME`` selects.
 
     >>> sorted(recipe_titles())[:2]
-    ['deep_compression', 'int8']
+    ['deep_compression', 'distill']
     """
     return {name: str(recipe.get("title", "")) for name, recipe in _recipes()}
 
@@ -112,7 +112,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 def dense_stage(cfg: DictConfig) -> DictConfig:
     """Return the configuration of the dense baseline's training: ``cfg.dense`` laid over ``cfg``.
 
-    The callbacks are those of ``cfg.dense`` alone; interpolations such as ``${trainer.max_epochs}`` see this stage's.
+    The callbacks are those of ``cfg.dense`` alone; interpolations such as ``${trainer.max_epochs}`` see this stage's,
+    but for those in ``cfg.dense``, which see ``cfg``.
 
     >>> cfg = compose(["recipe=int8", "dense.trainer.max_epochs=3"])
     >>> dense_stage(cfg).trainer.max_epochs, sorted(dense_stage(cfg).callbacks)
@@ -120,10 +121,29 @@ def dense_stage(cfg: DictConfig) -> DictConfig:
     """
     root = OmegaConf.to_container(cfg)
     assert isinstance(root, dict)
-    dense = root.pop("dense")
-    del root["callbacks"]
-    root.pop("distillation", None)  # the baseline learns from the data alone
-    merged = OmegaConf.merge(root, dense)
+    for key in ("dense", "callbacks", "distillation", "teacher"):  # it learns from the data alone
+        root.pop(key, None)
+    merged = OmegaConf.merge(root, OmegaConf.to_container(cfg.dense, resolve=True))
+    assert isinstance(merged, DictConfig)
+    OmegaConf.set_struct(merged, True)
+    return merged
+
+
+def teacher_stage(cfg: DictConfig) -> DictConfig | None:
+    """Return the configuration of the training of a larger network that teaches, None if there is none to train.
+
+    It is that of the dense baseline with ``cfg.teacher`` laid over it.
+
+    >>> cfg = compose(["recipe=distill"])
+    >>> teacher_stage(cfg).model.network.width > cfg.model.network.width
+    True
+    """
+    if cfg.get("distillation") is None or cfg.get("teacher") is None:
+        return None
+    dense = dense_stage(cfg)
+    root = OmegaConf.to_container(dense) | {"baseline": None}
+    own = {"callbacks": {"checkpoint": {"dirpath": "${output}/teacher"}}}
+    merged = OmegaConf.merge(root, OmegaConf.to_container(cfg.teacher, resolve=True), own)
     assert isinstance(merged, DictConfig)
     OmegaConf.set_struct(merged, True)
     return merged
@@ -152,7 +172,7 @@ def keys(node: Tree) -> list[Any]:
 
 
 def _is_circumstance(key: str) -> bool:
-    return any(fnmatch(key.removeprefix("dense."), pattern) for pattern in _NOT_IN_HASH)
+    return any(fnmatch(key.removeprefix("dense.").removeprefix("teacher."), pattern) for pattern in _NOT_IN_HASH)
 
 
 def _leaves(node: Tree, prefix: str) -> Iterator[tuple[str, Any]]:

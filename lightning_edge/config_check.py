@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lightning_edge.config import Tree, config_folder, dense_stage, group_names, keys
+from lightning_edge.config import Tree, config_folder, dense_stage, group_names, keys, teacher_stage
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
@@ -32,6 +32,11 @@ def check(cfg: DictConfig) -> None:
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     _check_stage(cfg, prefix="")
     _check_stage(dense_stage(cfg), prefix="dense.")
+    taught = teacher_stage(cfg)
+    if taught is not None:
+        _check_stage(taught, prefix="teacher.")
+    if cfg.start not in ("dense", "scratch"):
+        raise ValueError(f"start must be dense or scratch, got {cfg.start!r}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -70,8 +75,8 @@ def _check_keys(node: DictConfig, valid: Iterable[str], *, where: str) -> None:
 
 def _top_level_keys() -> set[str]:
     own = {str(key) for key in OmegaConf.load(config_folder() / "config.yaml")}
-    # A model's file may say how far it stands to be compressed.
-    return (own | set(group_names()) | {"targets"}) - {"defaults", "hydra", "recipe"}
+    # A model's file may say how far it stands to be compressed, and which larger network can teach it.
+    return (own | set(group_names()) | {"targets", "larger"}) - {"defaults", "hydra", "recipe"}
 
 
 def _export_keys() -> set[str]:
@@ -84,7 +89,7 @@ def _target_nodes(node: Tree, where: str) -> Iterator[tuple[str, DictConfig]]:
         yield where.removesuffix("."), node
     for key in keys(node):
         child = node[key]
-        if isinstance(child, DictConfig | ListConfig) and f"{where}{key}" != "dense":
+        if isinstance(child, DictConfig | ListConfig) and f"{where}{key}" not in ("dense", "teacher", "larger"):
             yield from _target_nodes(child, f"{where}{key}.")
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from lightning_edge.callbacks import ExportArtifacts
 from lightning_edge.callbacks.base import callbacks_of
-from lightning_edge.config import dense_stage, recipe_hash
+from lightning_edge.config import dense_stage, recipe_hash, teacher_stage
 from lightning_edge.export import export
 from lightning_edge.functional.energy import MacType
 from lightning_edge.report import (
@@ -33,7 +33,7 @@ from lightning_edge.surgery.quantization import CapturedNetwork
 from lightning_edge.surgery.selection import find_network, network_path
 from lightning_edge.surgery.widths import changed_widths, rebuild_, widths_of
 
-_BASELINE, _LAST = "baseline.ckpt", "last.ckpt"
+_BASELINE, _TEACHER, _LAST = "baseline.ckpt", "teacher.ckpt", "last.ckpt"
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -54,18 +54,21 @@ def run(cfg: DictConfig, folder: Path) -> None:
         torch.set_num_threads(cfg.threads)
     if "export" in cfg.callbacks:
         cfg.callbacks.export.recipe_hash = recipe_hash(cfg)
-    dense_cfg = dense_stage(cfg)
-    for stage in (dense_cfg, cfg):
+    dense_cfg, teacher_cfg = dense_stage(cfg), teacher_stage(cfg)
+    for stage in (dense_cfg, cfg, *([] if teacher_cfg is None else [teacher_cfg])):
         _check(stage)
     _check_folder(cfg, folder)
-    dense = _dense_baseline(dense_cfg, folder)
+    dense = _trained(dense_cfg, folder / _BASELINE, stage="dense baseline")
+    if teacher_cfg is not None:
+        _trained(teacher_cfg, folder / _TEACHER, stage="teacher")
     if cfg.get("sensitivity") is not None:
         # Of the trainer's own files and bars there would be one for each of the many validations.
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = instantiate(cfg.trainer, callbacks=[], **quiet)
         instantiate(cfg.sensitivity).run(dense, instantiate(cfg.data), trainer, folder)
         return
-    trainer, compressed, data = _fit(cfg, folder / _LAST, stage="compression", start=dense)
+    start = dense if cfg.start == "dense" else None
+    trainer, compressed, data = _fit(cfg, folder / _LAST, stage="compression", start=start)
     if trainer.is_global_zero and "export" in cfg.callbacks:
         _report(cfg, folder, trainer, dense=dense, compressed=compressed, data=data)
 
@@ -96,7 +99,8 @@ def _check(cfg: DictConfig) -> None:
 @rank_zero_only
 def _check_folder(cfg: DictConfig, folder: Path) -> None:
     """Refuse to mix a new run with an old one, whose finished stages would silently be taken for its own."""
-    old = [name for name in (_BASELINE, _LAST, f"baseline/{_LAST}") if (folder / name).exists()]
+    names = (_BASELINE, _TEACHER, _LAST, f"baseline/{_LAST}", f"teacher/{_LAST}")
+    old = [name for name in names if (folder / name).exists()]
     if old and cfg.resume is None:
         raise ValueError(
             f"hydra.run.dir must be a new folder, got {folder}, which holds {old[0]}: go on with that run by"
@@ -105,24 +109,23 @@ def _check_folder(cfg: DictConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _dense_baseline(cfg: DictConfig, folder: Path) -> L.LightningModule:
-    """Return the trained baseline: from ``baseline.ckpt``, from the file that the user names, or trained now."""
-    baseline = folder / _BASELINE
-    if cfg.baseline is not None and not baseline.exists():
+def _trained(cfg: DictConfig, checkpoint: Path, *, stage: str) -> L.LightningModule:
+    """Return a stage's trained model: from its checkpoint, from the file that the user names, or trained now."""
+    if cfg.baseline is not None and not checkpoint.exists():
         given = Path(cfg.baseline).expanduser()
         if not given.is_file():
             raise FileNotFoundError(f"baseline must be a checkpoint file, got {str(given)!r}, which is none")
         model = _load(instantiate(cfg.model), given)
-        _copy(given, baseline)
+        _copy(given, checkpoint)
         return model
-    if not baseline.exists():
-        last = folder / "baseline" / _LAST
-        trainer, _, _ = _fit(cfg, last, stage="dense baseline", start=None)
+    if not checkpoint.exists():
+        last = checkpoint.with_suffix("") / _LAST
+        trainer, _, _ = _fit(cfg, last, stage=stage, start=None)
         if trainer.is_global_zero:
-            last.replace(baseline)
+            last.replace(checkpoint)
             last.parent.rmdir()
-        trainer.strategy.barrier("baseline.ckpt")
-    return _load(instantiate(cfg.model), baseline)
+        trainer.strategy.barrier(checkpoint.name)
+    return _load(instantiate(cfg.model), checkpoint)
 
 
 def _fit(
@@ -146,7 +149,13 @@ def _fit(
 
 def _taught(cfg: DictConfig, model: L.LightningModule) -> L.LightningModule:
     """Return the module that is fitted: the model itself, or the distillation that it is the student of."""
-    taught: L.LightningModule = model if cfg.get("distillation") is None else instantiate(cfg.distillation)(student=model)
+    if cfg.get("distillation") is None:
+        return model
+    larger = teacher_stage(cfg)
+    teacher = {}
+    if larger is not None:  # read when the fit begins: it may not be trained yet
+        teacher = {"teacher": lambda: _load(instantiate(larger.model), Path(cfg.output) / _TEACHER)}
+    taught: L.LightningModule = instantiate(cfg.distillation)(student=model, **teacher)
     return taught
 
 

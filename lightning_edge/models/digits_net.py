@@ -12,23 +12,30 @@ class DigitsNet(nn.Module):
 
     Args:
         dropout: Probability with which an input of the last layer is dropped in training, in [0, 1).
+        width: Factor of the channels and the hidden units, each rounded; 0.5 has 11,022 parameters.
+
+    Raises:
+        ValueError: If ``width`` leaves a layer without channels.
 
     >>> import torch
     >>> DigitsNet()(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
 
-    def __init__(self, *, dropout: float = 0.0) -> None:
+    def __init__(self, *, dropout: float = 0.0, width: float = 1.0) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 24, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(24)
-        self.conv2 = nn.Conv2d(24, 32, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(32)
-        self.conv3 = nn.Conv2d(32, 64, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(64)
-        self.fc1 = nn.Linear(64 * 2 * 2, 64)
+        first, second, third, hidden = (round(width * channels) for channels in (24, 32, 64, 64))
+        if first < 1:
+            raise ValueError(f"width must leave each layer a channel, got {width}")
+        self.conv1 = nn.Conv2d(1, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.conv2 = nn.Conv2d(first, second, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(second)
+        self.conv3 = nn.Conv2d(second, third, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(third)
+        self.fc1 = nn.Linear(third * 2 * 2, hidden)
         self.dropout = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(64, 10)
+        self.fc2 = nn.Linear(hidden, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""

@@ -1,5 +1,7 @@
 """The two networks for MNIST on which compression is compared since Deep Compression (Han et al., arXiv:1510.00149)."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,18 +14,25 @@ class LeNet5(nn.Module):
 
     Args:
         dropout: Probability with which an input of ``fc2`` is dropped in training, in [0, 1). Caffe's has none.
+        width: Factor of the filters and the hidden units, each rounded.
+
+    Raises:
+        ValueError: If ``width`` leaves a layer without filters.
 
     >>> sum(p.numel() for p in LeNet5().parameters())
     431080
     """
 
-    def __init__(self, *, dropout: float = 0.0) -> None:
+    def __init__(self, *, dropout: float = 0.0, width: float = 1.0) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 20, 5)
-        self.conv2 = nn.Conv2d(20, 50, 5)
-        self.fc1 = nn.Linear(50 * 4 * 4, 500)
+        first, second, hidden = (round(width * count) for count in (20, 50, 500))
+        if first < 1:
+            raise ValueError(f"width must leave each layer a filter, got {width}")
+        self.conv1 = nn.Conv2d(1, first, 5)
+        self.conv2 = nn.Conv2d(first, second, 5)
+        self.fc1 = nn.Linear(second * 4 * 4, hidden)
         self.dropout = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(500, 10)
+        self.fc2 = nn.Linear(hidden, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
@@ -38,18 +47,26 @@ class LeNet300(nn.Module):
 
     Args:
         dropout: Probability with which an input of ``fc2`` or ``fc3`` is dropped in training, in [0, 1).
+        hidden: Units of the two hidden layers; 1200 and 1200 are those of the teacher of Hinton et al. 2015
+            (arXiv:1503.02531), section 3.
+
+    Raises:
+        ValueError: If there are not two hidden layers.
 
     >>> sum(p.numel() for p in LeNet300().parameters())
     266610
     """
 
-    def __init__(self, *, dropout: float = 0.0) -> None:
+    def __init__(self, *, dropout: float = 0.0, hidden: Sequence[int] = (300, 100)) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(28 * 28, 300)
+        if len(hidden) != 2 or min(hidden) < 1:
+            raise ValueError(f"hidden must be the units of two layers, got {list(hidden)}")
+        first, second = hidden
+        self.fc1 = nn.Linear(28 * 28, first)
         self.dropout1 = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(300, 100)
+        self.fc2 = nn.Linear(first, second)
         self.dropout2 = nn.Dropout(dropout)
-        self.fc3 = nn.Linear(100, 10)
+        self.fc3 = nn.Linear(second, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""

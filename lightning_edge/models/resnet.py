@@ -1,4 +1,4 @@
-"""The residual networks for CIFAR-10 of He et al. 2015 (arXiv:1512.03385), section 4.2, with option-A shortcuts."""
+"""Residual networks for CIFAR-10: of He et al. 2015 (arXiv:1512.03385), section 4.2, and of MLPerf Tiny."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,3 +101,65 @@ class ResNet56(CifarResNet):
 
     def __init__(self, *, num_classes: int = 10) -> None:
         super().__init__(blocks=9, num_classes=num_classes)
+
+
+class ResNet8(nn.Module):
+    """ResNet-8 of MLPerf Tiny's image classification (Banbury et al. 2021, arXiv:2106.07597), 77,850 parameters.
+
+    Three residual blocks of 16, 32 and 64 channels; a 1x1 convolution is the shortcut where the width changes. Where we
+    differ from the reference: convolutions have no biases, which the batch norms behind them have already.
+
+    Args:
+        num_classes: How many logits.
+
+    >>> sum(p.numel() for p in ResNet8().parameters())
+    77850
+    """
+
+    def __init__(self, *, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, _STAGES[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(_STAGES[0])
+        before = (_STAGES[0], *_STAGES)
+        self.layer1, self.layer2, self.layer3 = (
+            ProjectedBlock(before[i], _STAGES[i], stride=_STAGES[i] // before[i]) for i in range(3)
+        )
+        self.linear = nn.Linear(_STAGES[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+class ProjectedBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch norm, added to the input, or to a 1 x 1 convolution of it (option C).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Of the first convolution and of the shortcut, 1 or 2.
+
+    >>> import torch
+    >>> ProjectedBlock(16, 32, stride=2)(torch.zeros(1, 16, 8, 8)).shape
+    torch.Size([1, 32, 4, 4])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        changes = stride != 1 or in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, (batch, out_channels, height / stride, width / stride)."""
+        residual = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(residual)) + self.shortcut(x))

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from lightning_edge.models import CifarResNet, ResNet20, ResNet56
+from lightning_edge.models import CifarResNet, ResNet8, ResNet20, ResNet56
 from lightning_edge.models.resnet import BasicBlock
 
 
-@pytest.mark.parametrize(("build", "count"), [(ResNet20, 269_722), (ResNet56, 853_018)])
+@pytest.mark.parametrize(("build", "count"), [(ResNet8, 77_850), (ResNet20, 269_722), (ResNet56, 853_018)])
 def test_the_parameters_are_those_of_the_published_networks(build, count):
     assert sum(parameter.numel() for parameter in build().parameters()) == count
     assert build(num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
