@@ -6,11 +6,10 @@ settings were chosen on the test images 0 to 4,999 ("validation").
 
 Run: python benchmarks/shared_resnet20.py --data cifar10.npz --weights resnet20-12fca82f.th
 A run that is cut goes on where it was; finished ones are not repeated. Fine-tuning is by the labels and by the dense
-network's own outputs (benchmarks/self_distilled.py).
+network's own outputs.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,8 +68,7 @@ def tune(rate: float, *, data: Path, weights: Path, folder: Path) -> Path:
             "data.validation_from=test",
             f"data.path={data}",
             f"baseline={weights}",
-            "model._target_=self_distilled.SelfDistilled",
-            f"+model.teacher={weights}",
+            "distillation=self",
             f"callbacks.sharing.rate={rate}",
             f"trainer.max_epochs={EPOCHS}",
             "trainer.precision=bf16-mixed",
@@ -79,9 +77,7 @@ def tune(rate: float, *, data: Path, weights: Path, folder: Path) -> Path:
         ]
         arguments = [f"resume={path}"] if (path / "last.ckpt").exists() else new
         print(*arguments, flush=True)
-        here = str(Path(__file__).parent)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path[1:]])}
-        subprocess.run([sys.executable, "-m", "lightning_edge", *arguments], check=True, env=environment)
+        subprocess.run([sys.executable, "-m", "lightning_edge", *arguments], check=True)
     return path / "model.edge"
 
 
