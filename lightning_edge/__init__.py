@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_edge.modules.distillation_terms import DistillationTerm
     from lightning_edge.surgery.channels import slim_channels_
     from lightning_edge.surgery.deadunits import remove_dead_units_
+    from lightning_edge.surgery.post_training import quantize
     from lightning_edge.surgery.pruning import prune_
     from lightning_edge.surgery.sensitivity import sensitivity
     from lightning_edge.surgery.sharing import share_weights_
@@ -46,6 +47,7 @@ __all__ = [
     "load_artifact",
     "pack",
     "prune_",
+    "quantize",
     "remove_dead_units_",
     "sensitivity",
     "share_weights_",
@@ -65,6 +67,7 @@ _HOMES = {
     "load_artifact": "artifact",
     "pack": "artifact",
     "prune_": "surgery.pruning",
+    "quantize": "surgery.post_training",
     "remove_dead_units_": "surgery.deadunits",
     "sensitivity": "surgery.sensitivity",
     "share_weights_": "surgery.sharing",

@@ -141,9 +141,8 @@ def teacher_stage(cfg: DictConfig) -> DictConfig | None:
     if cfg.get("distillation") is None or cfg.get("teacher") is None:
         return None
     dense = dense_stage(cfg)
-    root = OmegaConf.to_container(dense) | {"baseline": None}
-    own = {"callbacks": {"checkpoint": {"dirpath": "${output}/teacher"}}}
-    merged = OmegaConf.merge(root, OmegaConf.to_container(cfg.teacher, resolve=True), own)
+    own = {"baseline": None, "callbacks": {"checkpoint": {"dirpath": "${output}/teacher"}}}
+    merged = OmegaConf.merge(dense, OmegaConf.to_container(cfg.teacher, resolve=True), own)
     assert isinstance(merged, DictConfig)
     OmegaConf.set_struct(merged, True)
     return merged

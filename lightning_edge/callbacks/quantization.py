@@ -70,6 +70,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._captured: CapturedNetwork | None = None
         self._inputs = NetworkInputs()
         self._observers: dict[str, Tensor] | None = None
+        self._frozen = False
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise unless quantization starts, and the observers freeze, within the fit."""
@@ -127,13 +128,17 @@ class QuantizationAwareTraining(CompressionCallback):
         """Return the observers' state and the shapes of the inputs; nothing before the start."""
         if self._captured is None:
             return {}
-        return {"observers": self._captured.observer_state(), "inputs": self._inputs.state()}
+        return {
+            "observers": self._captured.observer_state(),
+            "inputs": self._inputs.state(),
+            "frozen": self._captured.observers_frozen,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the observers until the network is where it will run."""
         super().load_state_dict(state_dict)
         self._captured = None  # of an earlier run of the trainer, maybe of another network
-        self._observers = state_dict.get("observers")
+        self._observers, self._frozen = state_dict.get("observers"), bool(state_dict.get("frozen"))
         self._inputs = NetworkInputs(state_dict.get("inputs", ()))
 
     def _resume(self, pl_module: L.LightningModule) -> None:
@@ -147,9 +152,9 @@ class QuantizationAwareTraining(CompressionCallback):
         if isinstance(installed, CapturedNetwork):  # a second run of the same module
             self._captured = installed
             if self._observers is not None:
-                installed.load_observer_state(self._observers)
+                installed.load_observer_state(self._observers, frozen=self._frozen)
         else:
-            self._captured = capture_(network, inputs, observers=self._observers)
+            self._captured = capture_(network, inputs, observers=self._observers, frozen=self._frozen)
         self._observers = None
 
     def _synchronize(self, trainer: L.Trainer) -> None:

@@ -40,7 +40,7 @@ def export(
         The path written.
 
     Raises:
-        ValueError: If the suffix is unknown, or the network cannot be traced.
+        ValueError: If the suffix is unknown, the network cannot be traced, or was quantized for other files.
         FileNotFoundError: If the folder does not exist.
         ImportError: If ``.pte`` is asked for without ExecuTorch.
 
@@ -66,6 +66,9 @@ def _write(
     module: "nn.Module", path: Path, example_inputs: "tuple[Tensor, ...]", round_small: bool, recipe_hash: str
 ) -> None:
     # Imported here, so that reading a file needs no torch and writing ONNX no ExecuTorch.
+    from lightning_edge.surgery.post_training import check_exportable
+
+    check_exportable(module, path.suffix)
     if path.suffix == ".pte":
         from lightning_edge.export.executorch import to_executorch
 

@@ -49,7 +49,7 @@ def _quantize_bias(graph: Graph, node: onnx.NodeProto) -> None:
     if bias is None or bias.dtype != np.float32 or _has_factors(node):
         return
     step = np.asarray(graph.constants[data.input[1]] * graph.constants[weight.input[1]], dtype=np.float32)
-    name = node.input[2].removesuffix("_folded")
+    name = node.input[2].removesuffix("_rounded")
     stored = graph.add(f"{name}_int32", np.rint(bias / step.astype(np.float64)).astype(np.int32))
     zero_point = graph.add(f"{name}_zero_point", np.zeros(len(bias), np.int32))
     inputs = [stored, graph.add(f"{name}_scale", step), zero_point]

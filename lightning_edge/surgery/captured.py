@@ -2,7 +2,9 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,9 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e import FakeQuantize
 
 from lightning_edge.surgery.batchnorm import fold_, scale_and_shift_
-from lightning_edge.surgery.capture import ModeLiteral, copy_graph, set_literal, training_flags
-from lightning_edge.surgery.fakequant import replace_fake_quantizers_
+from lightning_edge.surgery.capture import ModeLiteral, copy_graph, set_literal, tensor_at, training_flags
+from lightning_edge.surgery.exact_scales import odd_multiples, odd_requantization
+from lightning_edge.surgery.fakequant import replace_fake_quantizers_, requantized
 from lightning_edge.surgery.taps import remove_taps_
 
 _Tensors = dict[str, Tensor | None]  # of one module: its parameters or its buffers
@@ -75,6 +78,11 @@ class CapturedNetwork:
         return {name: self.graph_module.get_submodule(path) for name, path in self._observers.items()}
 
     @property
+    def norms(self) -> dict[str, str]:
+        """The batch norm behind each layer that has one, by names of nodes in the graph."""
+        return dict(self._pairs)
+
+    @property
     def calibrated(self) -> bool:
         """Whether every observer has seen data; until then activations pass unquantized in evaluation."""
         return all(_has_range(quantizer) for quantizer in self.observers.values())
@@ -92,13 +100,47 @@ class CapturedNetwork:
             self.graph_module(*(value.to(self._device) for value in example_inputs))
         self._flags = None
 
+    @contextmanager
+    def in_float(self, observe: Callable[[str, Tensor], None] | None = None) -> Iterator[None]:
+        """Compute with plain numbers for a while: no observer updates, nothing is rounded.
+
+        Args:
+            observe: Called at every value that would be quantized, with its observer's name.
+        """
+        self._follow()
+        quantizers = self.observers
+        for quantizer in quantizers.values():
+            quantizer.disable_observer()
+            quantizer.disable_fake_quant()
+        handles = [
+            quantizer.register_forward_pre_hook(_told(observe, name))
+            for name, quantizer in quantizers.items()
+            if observe is not None
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._flags = None
+
     def freeze_observers(self) -> None:
-        """Keep the ranges from here on.
+        """Keep the ranges from here on, with scales that every runtime rounds alike.
+
+        See :mod:`lightning_edge.surgery.exact_scales`; freezing twice is freezing once.
 
         Raises:
             ValueError: If an observer has seen no data.
         """
         self._check_calibrated("frozen")
+        remove_taps_(self.graph_module)  # what looks at a layer would hide what follows it
+        activations = [quantizer for quantizer in self.observers.values() if not quantizer.is_per_channel]
+        scales = odd_multiples(torch.cat([quantizer.scale for quantizer in activations]))
+        for quantizer, scale in zip(activations, scales, strict=True):
+            quantizer.scale.fill_(scale)
+        for paths in requantized(self.graph_module, self._pairs):
+            data, weight, output = (tensor_at(self.graph_module, f"{path}.scale") for path in paths)
+            weight.copy_(odd_requantization(weight, input_scale=float(data), output_scale=float(output)))
         self.observers_frozen, self._flags = True, None
 
     def observer_state(self) -> dict[str, Tensor]:
@@ -109,8 +151,12 @@ class CapturedNetwork:
             for key, value in _tensors(quantizer).items()
         }
 
-    def load_observer_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_observer_state(self, state: Mapping[str, Tensor], *, frozen: bool = False) -> None:
         """Take over the ranges of :meth:`observer_state`, whatever the shapes were.
+
+        Args:
+            state: Of this network's observers.
+            frozen: Whether they were frozen.
 
         Raises:
             ValueError: If names are missing or too many.
@@ -127,7 +173,7 @@ class CapturedNetwork:
                 for key, value in _tensors(quantizer).items():
                     owner = quantizer if key in ("scale", "zero_point") else quantizer.activation_post_process
                     setattr(owner, key, state[f"{name}.{key}"].detach().to(value.device, copy=True))
-        self._flags = None
+        self.observers_frozen, self._flags = frozen, None
 
     def ranges(self) -> tuple[Tensor, Tensor]:
         """Return all minima and all maxima as two vectors, for ranks to agree on their minimum and maximum."""
@@ -151,13 +197,18 @@ class CapturedNetwork:
             )
         pieces = zip(quantizers, torch.split(minima, sizes), torch.split(maxima, sizes), strict=True)
         for quantizer, low, high in pieces:
-            observer = quantizer.activation_post_process
-            observer.min_val.copy_(low.view_as(observer.min_val))
-            observer.max_val.copy_(high.view_as(observer.max_val))
-            if _has_range(quantizer):
-                scale, zero_point = quantizer.calculate_qparams()
-                quantizer.scale.copy_(scale)
-                quantizer.zero_point.copy_(zero_point)
+            _set_range(quantizer, low, high)
+        self._flags = None
+
+    def set_range(self, name: str, low: Tensor, high: Tensor) -> None:
+        """Set the range of one observer, and recompute its scale and zero point.
+
+        Args:
+            name: Of :attr:`observers`.
+            low: Minimum, of the shape that the observer has.
+            high: Maximum, as ``low``.
+        """
+        _set_range(self.observers[name], low, high)
         self._flags = None
 
     def convert(self) -> GraphModule:
@@ -201,6 +252,9 @@ class CapturedNetwork:
         self.graph_module.recompile()
         observing = self.network.training and not self.observers_frozen
         for quantizer in self.observers.values():
+            # The fused module computes the scale anew from the range at every call: frozen, it keeps the one it has.
+            forward = FakeQuantize.forward if self.observers_frozen else type(quantizer).forward
+            quantizer.forward = MethodType(forward, quantizer)
             quantizer.enable_observer(observing)
             quantizer.enable_fake_quant(observing or _has_range(quantizer))
 
@@ -237,6 +291,20 @@ def _tensors(quantizer: FakeQuantize) -> dict[str, Tensor]:
         "scale": quantizer.scale,
         "zero_point": quantizer.zero_point,
     }
+
+
+def _told(observe: Callable[[str, Tensor], None], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _, inputs: observe(name, inputs[0])
+
+
+def _set_range(quantizer: FakeQuantize, low: Tensor, high: Tensor) -> None:
+    observer = quantizer.activation_post_process
+    observer.min_val.copy_(low.view_as(observer.min_val))
+    observer.max_val.copy_(high.view_as(observer.max_val))
+    if _has_range(quantizer):
+        scale, zero_point = quantizer.calculate_qparams()
+        quantizer.scale.copy_(scale)
+        quantizer.zero_point.copy_(zero_point)
 
 
 def _has_range(quantizer: FakeQuantize) -> bool:

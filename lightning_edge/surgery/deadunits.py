@@ -94,7 +94,8 @@ def _remove_captured_(module: nn.Module, inputs: tuple[Any, ...]) -> DeadUnitsRe
     for side, indices in kept.items():
         for key in [key for key in observers if side.is_output and key.startswith(f"{side.layer}.weight.")]:
             observers[key] = observers[key][indices.to(observers[key].device)]  # one for each output channel
-    capture_(module, tuple(value[:2] for value in inputs), observers=observers)
+    inputs = tuple(value[:2] for value in inputs)
+    capture_(module, inputs, observers=observers, frozen=captured.observers_frozen)
     return report
 
 

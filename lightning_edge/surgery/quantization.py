@@ -15,7 +15,11 @@ __all__ = ["CapturedNetwork", "capture_", "convert", "deployed", "release_"]
 
 
 def capture_(
-    network: nn.Module, example_inputs: tuple[Tensor, ...], *, observers: Mapping[str, Tensor] | None = None
+    network: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    *,
+    observers: Mapping[str, Tensor] | None = None,
+    frozen: bool = False,
 ) -> CapturedNetwork:
     """Let the network compute with fake-quantized numbers from now on, sharing its tensors, and return what does it.
 
@@ -28,6 +32,7 @@ def capture_(
         network: The plain network. Only its ``forward`` is replaced, on the instance; :func:`release_` puts it back.
         example_inputs: Positional inputs, batch first; the batch size is free afterwards, other sizes are not.
         observers: A state of :meth:`CapturedNetwork.observer_state` to go on from.
+        frozen: Whether these were frozen.
 
     Raises:
         ValueError: If the network is captured already, cannot be captured, or has nothing to quantize.
@@ -56,7 +61,7 @@ def capture_(
         if observers is None:
             captured.observe_weights(example_inputs)
         else:
-            captured.load_observer_state(observers)
+            captured.load_observer_state(observers, frozen=frozen)
     network.forward = captured
     return captured
 

@@ -75,7 +75,8 @@ def test_observers_are_frozen_from_their_epoch(fit):
     watch = Epochs()
     fit(QuantizationAwareTraining(0, freeze_observers_epoch=2), watch)
     assert not same(watch.ranges[0], watch.ranges[1])
-    assert same(watch.ranges[1], watch.ranges[2])
+    ends = [{name: end for name, end in watch.ranges[epoch].items() if name.endswith("_val")} for epoch in (1, 2)]
+    assert same(*ends)  # scales are then moved to their nearest exact ones
     assert same(watch.ranges[2], watch.ranges[3])
 
 

@@ -159,7 +159,7 @@ def test_activations_are_uint8_and_biases_int32_with_the_scale_of_the_accumulato
         np.testing.assert_allclose(stored[bias.input[1]], step, rtol=1e-6)
     bias = producers[layers[2].input[2]]
     np.testing.assert_allclose(
-        stored[bias.input[0]] * stored[bias.input[1]], converted.conv3.bias.detach().numpy(), atol=1e-4
+        stored[bias.input[0]] * stored[bias.input[1]], converted.conv3.bias_rounded.numpy(), atol=1e-4
     )
 
 

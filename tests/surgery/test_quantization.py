@@ -271,7 +271,7 @@ def test_observers_stop_at_the_freeze_and_go_on_in_another_network(trained, imag
     file.seek(0)
     other = Net()
     other.load_state_dict(network.state_dict())
-    capture_(other, (images,), observers=torch.load(file, weights_only=True))
+    capture_(other, (images,), observers=torch.load(file, weights_only=True), frozen=True)
     assert torch.equal(other.eval()(images), network.eval()(images))
 
 

@@ -1,0 +1,129 @@
+"""Quantization after training: a network that computes with few bits, from a trained one and a few batches."""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+
+from lightning_edge.surgery.calibration import BATCHES, calibrate_, calibration_inputs
+from lightning_edge.surgery.copying import copied
+from lightning_edge.surgery.observers import RangeObserver
+from lightning_edge.surgery.quantization import capture_
+
+TARGETS = ("onnxruntime", "xnnpack")
+FILES: dict[str, tuple[str, ...]] = {
+    "int8_static": (".onnx", ".pte", ".edge"),
+    "int8_dynamic": (),
+    "int8_weight_only": (".onnx", ".edge"),
+    "fp16": (".onnx", ".pte", ".edge"),
+    "bf16": (".onnx", ".pte", ".edge"),
+}
+"""The schemes, and the files that each can be exported to; without any, the network runs in torch alone."""
+SCHEME = "quantization_scheme"
+"""The attribute that says how a network was quantized."""
+_TORCHAO: dict[str, Callable[[], Any]] = {
+    "int8_dynamic": Int8DynamicActivationInt8WeightConfig,
+    "int8_weight_only": Int8WeightOnlyConfig,
+}
+_ROUNDED = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def quantize(
+    module: nn.Module,
+    calibration: Any = None,
+    *,
+    scheme: str = "int8_static",
+    target: str = "onnxruntime",
+    observer: str | Callable[[], RangeObserver] = "histogram",
+    batches: int | None = BATCHES,
+    progress: bool = False,
+) -> nn.Module:
+    """Return a copy of the network, in evaluation mode, that computes with quantized numbers.
+
+    * ``"int8_static"``: weights to int8 per output channel, activations to int8 with ranges from the calibration (Jacob
+      et al. 2018, arXiv:1712.05877), see :func:`~lightning_edge.surgery.quantization.capture_`. ``export`` writes it;
+      the file gives the very numbers of the copy, in onnxruntime and in ExecuTorch.
+    * ``"int8_dynamic"``, ``"int8_weight_only"``: linear layers by torchao; the second is
+      exported with float activations.
+    * ``"fp16"``, ``"bf16"``: weights rounded to that precision, computation in float32; a ``.edge`` file stores two
+      bytes of each at most.
+
+    :data:`FILES` says which scheme can be exported to which file.
+
+    Args:
+        module: The trained network; not changed.
+        calibration: Batches for ``"int8_static"``: an iterable of tensors, or of tuples that begin with the network's
+            inputs (a DataLoader), or a data module, whose training data is taken.
+        scheme: One of :data:`FILES`.
+        target: ``"onnxruntime"`` or ``"xnnpack"`` (ExecuTorch): one calibration serves both, it is only checked.
+        observer: How the range of an activation is chosen from the values seen: ``"minmax"``, ``"moving_average"``,
+            ``"percentile"``, ``"histogram"`` (smallest squared error), or a callable that makes an observer.
+        batches: How many batches are looked at; None for all.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If an argument is unknown, there is no calibration data, or the network cannot be captured.
+
+    >>> network = quantize(nn.Linear(4, 3), [torch.randn(8, 4)]); network(torch.zeros(1, 4)).shape
+    torch.Size([1, 3])
+    """
+    if scheme not in FILES:
+        raise ValueError(f"scheme must be one of {list(FILES)}, got {scheme!r}")
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {list(TARGETS)}, got {target!r}")
+    network = copied(module).eval()
+    if scheme in _ROUNDED:
+        _round_(network, _ROUNDED[scheme])
+    elif scheme in _TORCHAO:
+        _check_linear(network, scheme)
+        quantize_(network, _TORCHAO[scheme]())
+    else:
+        if calibration is None:
+            raise ValueError("calibration must be given for the scheme 'int8_static', got None: a few training batches")
+        inputs = calibration_inputs(calibration, network, batches=batches, progress=progress)
+        _capture_and_calibrate_(network, inputs, observer)
+    vars(network)[SCHEME] = scheme
+    return network
+
+
+def check_exportable(module: nn.Module, suffix: str) -> None:
+    """Raise unless the scheme that a network was quantized with can be written to this kind of file.
+
+    Raises:
+        ValueError: With the files that it can be written to.
+
+    >>> check_exportable(nn.Linear(2, 2), ".onnx")
+    """
+    scheme = vars(module).get(SCHEME)
+    if scheme is not None and suffix not in FILES[scheme]:
+        can = [name for name, files in FILES.items() if suffix in files]
+        raise ValueError(
+            f"path must end in one of {list(FILES[scheme])} for a network quantized with scheme {scheme!r}, got"
+            f" {suffix!r}, which takes the schemes {can}"
+        )
+
+
+def _capture_and_calibrate_(
+    network: nn.Module, inputs: Iterator[tuple[Tensor, ...]], observer: str | Callable[[], RangeObserver]
+) -> None:
+    first = next(inputs)
+    calibrate_(capture_(network, first), chain([first], inputs), observer=observer)
+
+
+def _check_linear(network: nn.Module, scheme: str) -> None:
+    if not any(isinstance(layer, nn.Linear) for layer in network.modules()):
+        raise ValueError(f"scheme {scheme!r} quantizes linear layers, got a {type(network).__name__} without any")
+
+
+@torch.no_grad()
+def _round_(network: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.copy_(parameter.to(dtype).to(parameter.dtype))

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_edge import export, load_artifact, quantize
+from lightning_edge.models import DigitsNet, ResNet20
+from lightning_edge.surgery.exact_scales import odd_multiples, odd_requantization
+from lightning_edge.surgery.observers import OBSERVERS, MinMaxObserver
+from lightning_edge.surgery.post_training import FILES
+from lightning_edge.surgery.quantization import convert
+
+
+def images(rows=16, seed=0):
+    return torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def network():
+    torch.manual_seed(0)
+    net = DigitsNet()
+    net(images(64))  # the norms have seen something
+    return net.eval()
+
+
+@pytest.mark.parametrize("observer", [*OBSERVERS, MinMaxObserver])
+def test_static_int8_stays_close_and_leaves_the_network_alone(observer):
+    net = network().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    quantized = quantize(net, [images()], observer=observer)
+    assert net.training
+    assert "forward" not in vars(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in quantized.state_dict().items())
+    with torch.no_grad():
+        expected, found = net.eval()(images(seed=1)), quantized(images(seed=1))
+    assert 0 < float((found - expected).abs().max()) < 0.2 * float(expected.std())
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pte", ".edge"])
+@pytest.mark.parametrize("scheme", FILES)
+def test_each_scheme_runs_where_the_table_says(scheme, suffix, tmp_path):
+    if suffix == ".pte":
+        pytest.importorskip("executorch")
+    quantized, path = quantize(network(), [images()], scheme=scheme), tmp_path / f"model{suffix}"
+    with torch.no_grad():
+        expected = (convert(quantized) if scheme == "int8_static" else quantized)(images(seed=1)).numpy()
+    if suffix not in FILES[scheme]:
+        with pytest.raises(ValueError, match=f"scheme '{scheme}', got '{suffix}'"):
+            export(quantized, path, example_inputs=(images(),))
+        return
+    found = load_artifact(export(quantized, path, example_inputs=(images(),)))(images(seed=1).numpy())
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_readme_s_table_says_where_each_scheme_runs(root):
+    text = (root / "README.md").read_text()
+    for scheme, files in FILES.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{scheme}`"))
+        assert [suffix for suffix in (".onnx", ".pte", ".edge") if f"`{suffix}`" in row] == [*files]
+
+
+def test_integer_files_give_the_very_numbers_of_the_graph(tmp_path):
+    torch.manual_seed(0)
+    net, batch = ResNet20(), torch.randn(8, 3, 32, 32)
+    net(batch)
+    quantized = quantize(net, [batch])
+    with torch.no_grad():
+        graph, live = convert(quantized)(batch), quantized(batch)
+    found = load_artifact(export(quantized, tmp_path / "model.onnx", example_inputs=(batch,)))(batch.numpy())
+    assert np.array_equal(found, graph.numpy())
+    # The live network has biases that are not rounded to the accumulator's unit yet.
+    assert float((live - graph).abs().max()) < 0.1 * float(graph.std())
+
+
+def test_scales_are_odd_multiples_and_stay_near():
+    scales = torch.rand(200, generator=torch.Generator().manual_seed(0)) * 3 + 1e-3
+    exact = odd_multiples(scales)
+    unit = 2.0 ** (torch.floor(torch.log2(scales.min())) - 7)
+    assert bool(((exact / unit) % 2 == 1).all())
+    assert float((exact / scales - 1).abs().max()) < 0.008
+    assert torch.equal(odd_multiples(exact), exact)
+    weights = odd_requantization(scales, input_scale=0.3, output_scale=0.7)
+    assert float((weights / scales - 1).abs().max()) < 0.002
+    torch.testing.assert_close(odd_requantization(weights, input_scale=0.3, output_scale=0.7), weights)
+
+
+def test_batches_of_many_shapes_calibrate(digits_module):
+    net, rows = network(), TensorDataset(images(), torch.zeros(16))
+    sources = [[images()], [(images(), torch.zeros(16))], DataLoader(rows, 16), digits_module]
+    outputs = [quantize(net, source)(images(seed=1)) for source in sources]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.isfinite(outputs[3]).all()
+
+
+@pytest.fixture
+def digits_module():
+    class Data:
+        def setup(self, stage):
+            assert stage == "fit"
+            self.ready = True
+
+        def train_dataloader(self):
+            assert self.ready
+            return [images(4), images(4, seed=2)]
+
+    return Data()
+
+
+def test_several_inputs_and_as_many_batches_as_asked():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, left, right):
+            return self.fc(left) + self.fc(right)
+
+    seen = []
+
+    def batches():
+        for index in range(5):
+            seen.append(index)
+            yield torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4)
+
+    quantized = quantize(Two(), batches(), batches=2)
+    assert seen == [0, 1]
+    assert quantized(torch.randn(5, 3), torch.randn(5, 3)).shape == (5, 2)
+
+
+def test_the_random_state_is_left_alone():
+    loader = DataLoader(TensorDataset(images(), torch.zeros(16)), 4, shuffle=True)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    quantize(network(), loader)
+    torch.manual_seed(7)
+    net = network()
+    torch.manual_seed(7)
+    quantize(net, loader)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="scheme must be one of .* got 'int2'"):
+        quantize(network(), [images()], scheme="int2")
+    with pytest.raises(ValueError, match="target must be one of .* got 'tensorrt'"):
+        quantize(network(), [images()], target="tensorrt")
+    with pytest.raises(ValueError, match="observer must be one of"):
+        quantize(network(), [images()], observer="best")
+    with pytest.raises(ValueError, match="calibration must be given"):
+        quantize(network())
+    with pytest.raises(ValueError, match="calibration must hold at least one batch"):
+        quantize(network(), [])
+    with pytest.raises(ValueError, match="finite values, got NaN or infinity in batch 1"):
+        quantize(network(), [images(), images() * float("nan")])
+    with pytest.raises(ValueError, match="for one batch write \\[batch\\]"):
+        quantize(network(), images())
+    with pytest.raises(ValueError, match="batches must be at least 1"):
+        quantize(network(), [images()], batches=0)
+    with pytest.raises(ValueError, match="quantizes linear layers"):
+        quantize(nn.Sequential(nn.Conv2d(1, 1, 1)), scheme="int8_dynamic")
