@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 import lightning_edge
 from lightning_edge.cli import main
+from lightning_edge.config import recipe_titles
 
 SHORT = ["trainer.max_epochs=2", "dense.trainer.max_epochs=1"]
 
@@ -161,12 +162,11 @@ def test_a_resumed_run_takes_only_overrides_that_leave_its_result(stages, capsys
     [
         (
             ["recipe=deep_compresion"],
-            "recipe must be one of deep_compression, int8, prune_2to4, prune_channels, prune_weights, sensitivity,"
-            " share_weights, got 'deep_compresion': did you mean",
+            f"recipe must be one of {', '.join(recipe_titles())}, got 'deep_compresion': did you mean",
         ),
         (
             ["recipe=int8", "model=lenet6"],
-            "model must be one of digits_net, lenet300, lenet5, resnet20, resnet56, got 'lenet6': did you",
+            "model must be one of digits_net, lenet300, lenet5, resnet20, resnet56, resnet8, got 'lenet6': did you",
         ),
         (["recipe=int8", "trainer.max_epoch=3"], "trainer.max_epoch must be a key of the configuration: did you mean"),
         (["recipe=int8", "trianer.devices=3"], "trianer.devices must be a key of the configuration: did you mean 'tr"),
@@ -202,7 +202,7 @@ def test_what_is_no_override_is_wrong_usage(capsys, argument, message):
     ("defaults", "body", "message"),
     [
         ("/callbacks", "callbacks: {pruning: {sparsty: 0.5}}", "callbacks.pruning.sparsty must be an argument of"),
-        ("/callbacks", "traner: {max_epochs: 3}", "traner must be a key that something reads: did you mean 'trainer'?"),
+        ("/callbacks", "traner: {max_epochs: 3}", "traner must be a key that something reads: did you mean 'trainer'"),
         ("/callback", "", "callback must be a key of the configuration: did you mean 'callbacks'"),
     ],
 )
