@@ -144,6 +144,8 @@ def _fit(
     trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    if trainer.max_epochs == 0:  # no epoch has left a checkpoint, but the end of the fit may have changed the network
+        trainer.save_checkpoint(last)
     return trainer, model, data
 
 

@@ -1,5 +1,6 @@
 """Clocks: when, during a fit, which surgery is done. The only place that knows the Trainer."""
 
+from lightning_edge.callbacks.calibration import PostTrainingQuantization
 from lightning_edge.callbacks.channels import ChannelPruning
 from lightning_edge.callbacks.export import ExportArtifacts
 from lightning_edge.callbacks.history import History
@@ -13,6 +14,7 @@ __all__ = [
     "ExactResume",
     "ExportArtifacts",
     "History",
+    "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "WeightPruning",
     "WeightSharing",

@@ -13,6 +13,9 @@ def use_integer_kernels_(model: onnx.ModelProto) -> None:
     * int8 activations become uint8: 128 is added to the zero point (int8 ones are slow on x86).
     * Biases of quantized layers become int32 with scale s_x * s_w per channel, zero point 0.
     * A mean over all positions becomes the global average pool that has an integer kernel.
+    * Padding by zeros pads integers by their zero point.
+    * A layer with float weights between quantized ones reads its input through plain arithmetic: onnxruntime would
+      otherwise round its weights too, with one scale for all channels.
 
     The bias changes by at most half of s_x * s_w, one unit of the accumulator.
     """
@@ -23,6 +26,11 @@ def use_integer_kernels_(model: onnx.ModelProto) -> None:
         elif node.op_type == "ReduceMean":
             _pool_globally(graph, node)
     _shift_activations(graph)
+    for node in list(model.graph.node):
+        if node.op_type == "Pad":
+            _pad_integers(graph, node)
+        elif node.op_type in ("Conv", "Gemm", "MatMul"):
+            _read_in_float(graph, node)
     _sort_and_prune(model.graph)
     del model.graph.value_info[:]  # still says int8
 
@@ -74,6 +82,42 @@ def _pool_globally(graph: Graph, node: onnx.NodeProto) -> None:
         del node.input[1:], node.attribute[:]
 
 
+def _pad_integers(graph: Graph, node: onnx.NodeProto) -> None:
+    """Let a pad between a dequantization and a quantization of the same scale work on the integers."""
+    source = graph.producers.get(node.input[0])
+    readers = [other for other in graph.graph.node if node.output[0] in other.input]
+    modes = [item.s for item in node.attribute if item.name == "mode"]
+    values = [graph.constants.get(name) for name in node.input[2:3] if name]
+    zero = all(value is not None and not value.any() for value in values) and modes in ([], [b"constant"])
+    if not zero or source is None or source.op_type != "DequantizeLinear" or len(node.input) > 3:
+        return
+    parameters = list(source.input[1:])
+    if [(other.op_type, list(other.input[1:])) for other in readers] != [("QuantizeLinear", parameters)]:
+        return
+    node.input[:] = [source.input[0], node.input[1], parameters[1]]
+    node.output[0] = readers[0].output[0]
+    graph.producers[node.output[0]] = node
+    graph.graph.node.remove(readers[0])
+
+
+def _read_in_float(graph: Graph, node: onnx.NodeProto) -> None:
+    source, weight = graph.producers.get(node.input[0]), graph.constants.get(node.input[1])
+    if source is None or source.op_type != "DequantizeLinear" or weight is None or weight.dtype != np.float32:
+        return
+    scale, zero_point = (graph.constants[name] for name in source.input[1:3])
+    name = f"{node.input[0]}_in_{node.output[0]}"
+    offset = graph.add(f"{name}_offset", zero_point.astype(np.float32))
+    steps = [
+        helper.make_node("Cast", [source.input[0]], [f"{name}_cast"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Sub", [f"{name}_cast", offset], [f"{name}_centered"]),
+        helper.make_node("Mul", [f"{name}_centered", graph.add(f"{name}_scale", scale)], [name]),
+    ]
+    node.input[0] = name
+    place = next(index for index, other in enumerate(graph.graph.node) if other.output[0] == node.output[0])
+    for step in reversed(steps):
+        graph.graph.node.insert(place, step)
+
+
 def _rank(graph: Graph, name: str) -> int | None:
     for info in graph.graph.value_info:
         if info.name == name:
@@ -86,7 +130,11 @@ def _sort_and_prune(graph: onnx.GraphProto) -> None:
     constants = {item.name for item in graph.initializer}
     nodes = sorted(graph.node, key=lambda node: not constants.issuperset(node.input))
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    read = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+    read = {output.name for output in graph.output}
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            read.update(node.input)
+    nodes = [node for node in nodes if read.intersection(node.output)]
     kept = [onnx.TensorProto.FromString(item.SerializeToString()) for item in graph.initializer if item.name in read]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)

@@ -1,6 +1,6 @@
 """Batch norms of a captured graph: seen by the weights in training, then folded into them or a scale and a shift."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -14,13 +14,17 @@ CONVOLUTIONS = (_aten.conv1d.default, _aten.conv1d.padding, _aten.conv2d.default
 WEIGHTED = (*CONVOLUTIONS, _aten.linear.default)
 
 
-def scale_weights_(graph_module: GraphModule) -> dict[Node, Node]:
+def scale_weights_(graph_module: GraphModule, *, keep: Collection[str] = ()) -> dict[Node, Node]:
     """Make each convolution or linear layer before a batch norm compute with the weight of the folded network.
 
     y = conv(x, w) + b becomes y = conv(x, w * s) / s + b with s = gamma / sqrt(running_var + eps), so that w * s, the
     weight of the deployed network, can be fake-quantized (Jacob et al. 2018, arXiv:1712.05877, sec. 3.2, in the
     one-pass form of torch's ``nniqat.ConvBn2d``). The norm itself stays, with its own eps and momentum. Where gamma is
     zero, s is taken as one: the norm then gives beta whatever comes in, and nothing is divided by zero.
+
+    Args:
+        graph_module: A graph in training mode.
+        keep: Names of the weights of layers that stay as they are.
 
     Returns:
         Each rewritten layer and its batch norm.
@@ -34,7 +38,7 @@ def scale_weights_(graph_module: GraphModule) -> dict[Node, Node]:
     pairs = {}
     for norm in graph_module.graph.find_nodes(op="call_function", target=BATCH_NORM):
         layer = norm.args[0]
-        if not _foldable(layer, norm):
+        if not _foldable(layer, norm) or weight_of(layer.args[1]) in keep:
             continue
         _rewrite(graph_module.graph, layer, norm)
         pairs[layer] = norm

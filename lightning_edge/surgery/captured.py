@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 
@@ -39,10 +39,13 @@ class CapturedNetwork:
         literals: tuple[ModeLiteral, ...],
         pairs: Mapping[str, str],
         observers: Mapping[str, str],
+        keep: tuple[str, ...] = (),
     ) -> None:
         self.network = network
         self.graph_module = graph_module
         self.observers_frozen = False
+        self.keep = keep
+        self._only: frozenset[str] | None = None
         self._literals = literals
         self._pairs = dict(pairs)
         self._observers = dict(observers)
@@ -67,6 +70,7 @@ class CapturedNetwork:
             literals=self._literals,
             pairs=self._pairs,
             observers=self._observers,
+            keep=self.keep,
         )
         twin.observers_frozen = self.observers_frozen
         memo[id(self)] = twin
@@ -123,6 +127,21 @@ class CapturedNetwork:
             for handle in handles:
                 handle.remove()
             self._flags = None
+
+    @contextmanager
+    def quantizing_only(self, names: Iterable[str]) -> Iterator[None]:
+        """Quantize for a while the values of these observers alone."""
+        self._only, self._flags = frozenset(names), None
+        try:
+            yield
+        finally:
+            self._only, self._flags = None, None
+
+    def values_of_layers(self) -> dict[str, tuple[str, str, str]]:
+        """Return the names of the observers of each quantized layer's input, weight and output, by the layer's name."""
+        names = {path: name for name, path in self._observers.items()}
+        found = [tuple(names[path] for path in paths) for paths in requantized(self.graph_module, self._pairs)]
+        return {weight.rpartition("weight")[0].removesuffix("."): (data, weight, out) for data, weight, out in found}
 
     def freeze_observers(self) -> None:
         """Keep the ranges from here on, with scales that every runtime rounds alike.
@@ -251,12 +270,13 @@ class CapturedNetwork:
             set_literal(self._nodes[literal.node], literal.argument, value)
         self.graph_module.recompile()
         observing = self.network.training and not self.observers_frozen
-        for quantizer in self.observers.values():
+        for name, quantizer in self.observers.items():
             # The fused module computes the scale anew from the range at every call: frozen, it keeps the one it has.
             forward = FakeQuantize.forward if self.observers_frozen else type(quantizer).forward
             quantizer.forward = MethodType(forward, quantizer)
             quantizer.enable_observer(observing)
-            quantizer.enable_fake_quant(observing or _has_range(quantizer))
+            wanted = self._only is None or name in self._only
+            quantizer.enable_fake_quant(wanted and (observing or _has_range(quantizer)))
 
     def _move_literals(self, device: torch.device) -> None:
         for node in self._nodes.values():

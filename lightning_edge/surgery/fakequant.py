@@ -1,6 +1,6 @@
 """Which values of a graph are quantized: fake quantizers into it, and integers in their place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch.fx import GraphModule, Node
@@ -47,7 +47,9 @@ _SELECTING = (
 )
 
 
-def insert_fake_quantizers_(graph_module: GraphModule, pairs: Mapping[Node, Node]) -> dict[str, str]:
+def insert_fake_quantizers_(
+    graph_module: GraphModule, pairs: Mapping[Node, Node], *, keep: Collection[str] = ()
+) -> dict[str, str]:
     """Insert a fake quantizer behind every value that the int8 network holds as an integer.
 
     A value is quantized once, where it is made, for all its readers; what only selects values needs no second quantizer
@@ -56,6 +58,7 @@ def insert_fake_quantizers_(graph_module: GraphModule, pairs: Mapping[Node, Node
     Args:
         graph_module: A graph in training mode.
         pairs: Layer to the batch norm behind it, from :func:`~lightning_edge.surgery.batchnorm.scale_weights_`.
+        keep: Names of the weights of layers that stay in float.
 
     Returns:
         Name of each observer to the path of its module in the graph.
@@ -63,7 +66,7 @@ def insert_fake_quantizers_(graph_module: GraphModule, pairs: Mapping[Node, Node
     Raises:
         ValueError: If there is nothing to quantize.
     """
-    values = dict(_quantized_values(graph_module, pairs))
+    values = dict(_quantized_values(graph_module, pairs, keep))
     if not any(is_weight for is_weight in values.values()):
         raise ValueError(
             "network must have a convolution (1-D, 2-D) or linear layer to quantize, got none in its graph"
@@ -147,12 +150,16 @@ def replace_fake_quantizers_(graph_module: GraphModule) -> None:
     _forget_unused_tensors(graph_module)
 
 
-def _quantized_values(graph_module: GraphModule, pairs: Mapping[Node, Node]) -> Iterator[tuple[Node, bool]]:
+def _quantized_values(
+    graph_module: GraphModule, pairs: Mapping[Node, Node], keep: Collection[str]
+) -> Iterator[tuple[Node, bool]]:
     """Yield each value to quantize and whether it is a weight, inputs of an operator before its result."""
     calls = [node for node in graph_module.graph.nodes if node.op == "call_function" and _is_float(node)]
     ours = {norm.args[0] for norm in pairs.values()}  # the bias that scale_weights_ adds
     for node in calls:
         if node.target in WEIGHTED and _is_weight(node.args[1]):
+            if weight_of(node.args[1]) in keep:
+                continue
             yield from (_source(node.args[0]), (node.args[1], True), _result(pairs.get(node, node)))
         elif node.target in _SUMS and node not in ours and all(_is_image(operand) for operand in node.args[:2]):
             yield from (*(_source(operand) for operand in node.args[:2]), _result(node))

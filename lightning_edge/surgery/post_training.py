@@ -1,37 +1,32 @@
 """Quantization after training: a network that computes with few bits, from a trained one and a few batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import (
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    quantize_,
-)
 
 from lightning_edge.surgery.calibration import BATCHES, calibrate_, calibration_inputs
 from lightning_edge.surgery.copying import copied
+from lightning_edge.surgery.integer_linear import LinearScheme, integer_linear_
 from lightning_edge.surgery.observers import RangeObserver
 from lightning_edge.surgery.quantization import capture_
+from lightning_edge.surgery.selection import WEIGHTED
 
 TARGETS = ("onnxruntime", "xnnpack")
 FILES: dict[str, tuple[str, ...]] = {
     "int8_static": (".onnx", ".pte", ".edge"),
-    "int8_dynamic": (),
-    "int8_weight_only": (".onnx", ".edge"),
+    "int8_dynamic": (".onnx", ".edge"),
+    "int8_weight_only": (".onnx", ".pte", ".edge"),
+    "int4_weight_only": (".onnx", ".pte", ".edge"),
     "fp16": (".onnx", ".pte", ".edge"),
     "bf16": (".onnx", ".pte", ".edge"),
 }
 """The schemes, and the files that each can be exported to; without any, the network runs in torch alone."""
 SCHEME = "quantization_scheme"
 """The attribute that says how a network was quantized."""
-_TORCHAO: dict[str, Callable[[], Any]] = {
-    "int8_dynamic": Int8DynamicActivationInt8WeightConfig,
-    "int8_weight_only": Int8WeightOnlyConfig,
-}
 _ROUNDED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -42,6 +37,8 @@ def quantize(
     scheme: str = "int8_static",
     target: str = "onnxruntime",
     observer: str | Callable[[], RangeObserver] = "histogram",
+    keep: Sequence[str] = (),
+    group_size: int = 32,
     batches: int | None = BATCHES,
     progress: bool = False,
 ) -> nn.Module:
@@ -50,10 +47,13 @@ def quantize(
     * ``"int8_static"``: weights to int8 per output channel, activations to int8 with ranges from the calibration (Jacob
       et al. 2018, arXiv:1712.05877), see :func:`~lightning_edge.surgery.quantization.capture_`. ``export`` writes it;
       the file gives the very numbers of the copy, in onnxruntime and in ExecuTorch.
-    * ``"int8_dynamic"``, ``"int8_weight_only"``: linear layers by torchao; the second is
-      exported with float activations.
-    * ``"fp16"``, ``"bf16"``: weights rounded to that precision, computation in float32; a ``.edge`` file stores two
-      bytes of each at most.
+    * ``"int8_dynamic"``: weights of linear layers to int8, and every row of their inputs to int8 with a scale of its own
+      while it runs, by torchao; in onnxruntime integer products.
+    * ``"int8_weight_only"``, ``"int4_weight_only"``: weights of linear layers to int8 with a scale per output, or to
+      int4 with one for each ``group_size`` weights, by torchao; computation in float32. An ``.onnx`` stores a byte or
+      half a byte of each; onnxruntime unpacks them as it loads, ExecuTorch at every call, which is slow.
+    * ``"fp16"``, ``"bf16"``: weights rounded to that precision, computation in float32; an ``.onnx`` and a ``.edge``
+      store two bytes of each.
 
     :data:`FILES` says which scheme can be exported to which file.
 
@@ -65,11 +65,15 @@ def quantize(
         target: ``"onnxruntime"`` or ``"xnnpack"`` (ExecuTorch): one calibration serves both, it is only checked.
         observer: How the range of an activation is chosen from the values seen: ``"minmax"``, ``"moving_average"``,
             ``"percentile"``, ``"histogram"`` (smallest squared error), or a callable that makes an observer.
+        keep: Globs over names of layers, or names of their classes, that stay in float;
+            :func:`~lightning_edge.surgery.quantization_sensitivity.quantization_sensitivity` finds which.
+        group_size: Of ``"int4_weight_only"``; must divide the inputs of every linear layer.
         batches: How many batches are looked at; None for all.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If an argument is unknown, there is no calibration data, or the network cannot be captured.
+        ValueError: If an argument is unknown, a pattern matches no layer, there is no calibration data, or the network
+            cannot be captured.
 
     >>> network = quantize(nn.Linear(4, 3), [torch.randn(8, 4)]); network(torch.zeros(1, 4)).shape
     torch.Size([1, 3])
@@ -80,15 +84,14 @@ def quantize(
         raise ValueError(f"target must be one of {list(TARGETS)}, got {target!r}")
     network = copied(module).eval()
     if scheme in _ROUNDED:
-        _round_(network, _ROUNDED[scheme])
-    elif scheme in _TORCHAO:
-        _check_linear(network, scheme)
-        quantize_(network, _TORCHAO[scheme]())
+        _round_(network, _ROUNDED[scheme], keep=_kept(network, keep))
+    elif scheme in get_args(LinearScheme):
+        integer_linear_(network, cast(LinearScheme, scheme), group_size=group_size, keep=_kept(network, keep))
     else:
         if calibration is None:
             raise ValueError("calibration must be given for the scheme 'int8_static', got None: a few training batches")
         inputs = calibration_inputs(calibration, network, batches=batches, progress=progress)
-        _capture_and_calibrate_(network, inputs, observer)
+        _capture_and_calibrate_(network, inputs, observer, keep)
     vars(network)[SCHEME] = scheme
     return network
 
@@ -111,19 +114,35 @@ def check_exportable(module: nn.Module, suffix: str) -> None:
 
 
 def _capture_and_calibrate_(
-    network: nn.Module, inputs: Iterator[tuple[Tensor, ...]], observer: str | Callable[[], RangeObserver]
+    network: nn.Module,
+    inputs: Iterator[tuple[Tensor, ...]],
+    observer: str | Callable[[], RangeObserver],
+    keep: Sequence[str],
 ) -> None:
     first = next(inputs)
-    calibrate_(capture_(network, first), chain([first], inputs), observer=observer)
+    calibrate_(capture_(network, first, keep=keep), chain([first], inputs), observer=observer)
 
 
-def _check_linear(network: nn.Module, scheme: str) -> None:
-    if not any(isinstance(layer, nn.Linear) for layer in network.modules()):
-        raise ValueError(f"scheme {scheme!r} quantizes linear layers, got a {type(network).__name__} without any")
+def _kept(network: nn.Module, keep: Sequence[str]) -> set[nn.Module]:
+    """Return the layers that a pattern matches."""
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, WEIGHTED)}
+    kept: set[nn.Module] = set()
+    for pattern in keep:
+        found = {
+            layer for name, layer in layers.items() if fnmatchcase(name, pattern) or type(layer).__name__ == pattern
+        }
+        if not found:
+            raise ValueError(
+                f"keep must match a convolution or linear layer, got {pattern!r}, which matches none of"
+                f" {list(layers)[:6]}"
+            )
+        kept |= found
+    return kept
 
 
 @torch.no_grad()
-def _round_(network: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+def _round_(network: nn.Module, dtype: torch.dtype, *, keep: set[nn.Module]) -> None:
+    for layer in network.modules():
+        for parameter in layer.parameters(recurse=False) if layer not in keep else ():
+            if parameter.is_floating_point():
+                parameter.copy_(parameter.to(dtype).to(parameter.dtype))

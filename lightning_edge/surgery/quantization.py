@@ -1,12 +1,13 @@
 """A network that computes with fake-quantized numbers, and the int8 network that comes of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from lightning_edge.surgery.batchnorm import scale_and_shift_, scale_weights_
+from lightning_edge.surgery.batchnorm import WEIGHTED, scale_and_shift_, scale_weights_
 from lightning_edge.surgery.capture import capture, export_graph, keep_random_state
 from lightning_edge.surgery.captured import CapturedNetwork
 from lightning_edge.surgery.fakequant import insert_fake_quantizers_, remove_training_
@@ -20,6 +21,7 @@ def capture_(
     *,
     observers: Mapping[str, Tensor] | None = None,
     frozen: bool = False,
+    keep: Sequence[str] = (),
 ) -> CapturedNetwork:
     """Let the network compute with fake-quantized numbers from now on, sharing its tensors, and return what does it.
 
@@ -33,9 +35,12 @@ def capture_(
         example_inputs: Positional inputs, batch first; the batch size is free afterwards, other sizes are not.
         observers: A state of :meth:`CapturedNetwork.observer_state` to go on from.
         frozen: Whether these were frozen.
+        keep: Globs over names of layers, or names of their classes, that stay in float. What their neighbours make or
+            read is an integer as ever.
 
     Raises:
-        ValueError: If the network is captured already, cannot be captured, or has nothing to quantize.
+        ValueError: If the network is captured already, cannot be captured, or has nothing to quantize, or if a pattern
+            matches no layer.
 
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1))
     >>> sorted(capture_(network, (torch.zeros(2, 4),)).observers)
@@ -49,14 +54,16 @@ def capture_(
     # never be trained.
     with keep_random_state(), torch.inference_mode(False), torch.enable_grad():
         graph_module, literals = capture(network, example_inputs)
-        pairs = scale_weights_(graph_module)
-        names = insert_fake_quantizers_(graph_module, pairs)
+        kept = _kept(network, graph_module, keep)
+        pairs = scale_weights_(graph_module, keep=kept)
+        names = insert_fake_quantizers_(graph_module, pairs, keep=kept)
         captured = CapturedNetwork(
             network,
             graph_module,
             literals=literals,
             pairs={layer.name: norm.name for layer, norm in pairs.items()},
             observers=names,
+            keep=tuple(keep),
         )
         if observers is None:
             captured.observe_weights(example_inputs)
@@ -64,6 +71,29 @@ def capture_(
             captured.load_observer_state(observers, frozen=frozen)
     network.forward = captured
     return captured
+
+
+def _kept(network: nn.Module, graph_module: GraphModule, keep: Sequence[str]) -> set[str]:
+    """Return the names of the weights whose layers match a pattern."""
+    if isinstance(keep, str):
+        raise ValueError(f"keep must be a list of patterns, got the string {keep!r}: write [{keep!r}]")
+    operands = [node.args[1] for node in graph_module.graph.nodes if node.target in WEIGHTED]
+    weights = {str(operand.target) for operand in operands if operand.op == "get_attr"}
+    layers = {name: name.rpartition(".")[0] for name in sorted(weights)}
+    kept = set()
+    for pattern in keep:
+        found = {
+            weight
+            for weight, layer in layers.items()
+            if fnmatchcase(layer, pattern) or type(network.get_submodule(layer)).__name__ == pattern
+        }
+        if not found:
+            raise ValueError(
+                f"keep must match a convolution or linear layer, got {pattern!r}, which matches none of"
+                f" {list(layers.values())[:6]}"
+            )
+        kept |= found
+    return kept
 
 
 def release_(network: nn.Module) -> None:

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 
+from lightning_edge import quantize
 from lightning_edge.export import export
 from lightning_edge.export.onnx import to_onnx
+from lightning_edge.models.resnet import CifarResNet
 from lightning_edge.surgery.quantization import capture_, convert
 
 
@@ -249,3 +251,15 @@ def test_unknown_suffixes_and_missing_folders_are_refused(network, images, tmp_p
         export(network, "model.tflite", example_inputs=(images,))
     with pytest.raises(FileNotFoundError, match="must lie in a folder that exists"):
         export(network, tmp_path / "missing" / "model.onnx", example_inputs=(images,))
+
+
+def test_of_a_residual_network_nothing_but_the_first_and_the_last_value_is_float(tmp_path):
+    torch.manual_seed(0)
+    network, batch = CifarResNet(blocks=1), torch.randn(4, 3, 32, 32)
+    network(batch)
+    model = to_onnx(quantize(network, [batch]), (batch,))
+    pads = [node for node in model.graph.node if node.op_type == "Pad"]
+    assert {constants(model)[node.input[2]].dtype for node in pads} == {np.dtype(np.uint8)}
+    operators = optimized_operators(model, tmp_path)
+    assert (operators.count("QuantizeLinear"), operators.count("DequantizeLinear")) == (1, 1)
+    assert not {"Conv", "Gemm", "Add", "Relu", "GlobalAveragePool"} & set(operators)

@@ -1,3 +1,6 @@
+import copy
+from fnmatch import fnmatchcase
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +132,35 @@ def test_several_inputs_and_as_many_batches_as_asked():
     assert quantized(torch.randn(5, 3), torch.randn(5, 3)).shape == (5, 2)
 
 
+@pytest.mark.parametrize("keep", [["conv1"], ["conv2"], ["Linear"], ["conv*"]])
+def test_kept_layers_stay_in_float_in_the_files_too(keep, tmp_path):
+    net, batch = network(), images(64)
+    quantized = quantize(net, [batch], keep=keep)
+    kept = [name for name, layer in net.named_modules() if any(fits(name, layer, pattern) for pattern in keep)]
+    names = {name.removesuffix(".weight") for name in quantized.forward.observers}
+    assert not names & set(kept)
+    assert names & {"conv1", "conv2", "conv3", "fc1", "fc2"}
+    graph = convert(quantized)
+    assert all(torch.equal(graph.get_parameter(f"{name}.weight"), net.get_parameter(f"{name}.weight")) for name in kept)
+    with torch.no_grad():
+        expected = graph(images(seed=1)).numpy()
+    # onnxruntime quantizes float weights between integers by itself, if it is let: differences of a whole level then.
+    found = load_artifact(export(quantized, tmp_path / "model.onnx", example_inputs=(batch,)))(images(seed=1).numpy())
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def fits(name, layer, pattern):
+    return fnmatchcase(name, pattern) or type(layer).__name__ == pattern
+
+
+def test_a_copy_of_a_quantized_network_keeps_the_same_layers_in_float():
+    quantized = quantize(network(), [images()], keep=["fc2"])
+    twin = copy.deepcopy(quantized)
+    assert twin.forward.keep == ("fc2",)
+    with torch.no_grad():
+        assert torch.equal(twin(images(seed=1)), quantized(images(seed=1)))
+
+
 def test_the_random_state_is_left_alone():
     loader = DataLoader(TensorDataset(images(), torch.zeros(16)), 4, shuffle=True)
     torch.manual_seed(7)
@@ -159,5 +191,11 @@ def test_what_cannot_work_is_refused():
         quantize(network(), images())
     with pytest.raises(ValueError, match="batches must be at least 1"):
         quantize(network(), [images()], batches=0)
+    with pytest.raises(ValueError, match="keep must match a convolution or linear layer, got 'fc9'"):
+        quantize(network(), [images()], keep=["fc9"])
+    with pytest.raises(ValueError, match="got the string 'fc1': write \\['fc1'\\]"):
+        quantize(network(), [images()], keep="fc1")
+    with pytest.raises(ValueError, match="network must have a convolution"):
+        quantize(network(), [images()], keep=["*"])
     with pytest.raises(ValueError, match="quantizes linear layers"):
         quantize(nn.Sequential(nn.Conv2d(1, 1, 1)), scheme="int8_dynamic")

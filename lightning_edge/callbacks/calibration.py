@@ -1,0 +1,175 @@
+"""Quantize a network when its fit is over: the ranges of activations come from a few training batches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_edge.callbacks.base import SHARDING, callbacks_of
+from lightning_edge.callbacks.export import ExportArtifacts
+from lightning_edge.callbacks.inputs import NetworkInputs
+from lightning_edge.callbacks.quantization import QuantizationAwareTraining
+from lightning_edge.surgery.bias_correction import correct_bias_
+from lightning_edge.surgery.calibration import BATCHES, calibrate_, calibration_inputs
+from lightning_edge.surgery.capture import keep_random_state
+from lightning_edge.surgery.copying import copied
+from lightning_edge.surgery.equalization import equalize_
+from lightning_edge.surgery.observers import RangeObserver, observer_factory
+from lightning_edge.surgery.quantization import CapturedNetwork, capture_
+from lightning_edge.surgery.selection import find_network, select_weights
+
+
+class PostTrainingQuantization(L.Callback):
+    """Static int8 without training for it (Jacob et al. 2018, arXiv:1712.05877), at the end of the fit.
+
+    In ``on_fit_end`` rank zero runs a few training batches through the network in evaluation mode, and every rank lets
+    the network compute with the ranges found: ``trainer.test`` then measures the int8 network, and an
+    ``ExportArtifacts`` behind this callback in the list writes it. A trained network needs no epoch more:
+    ``Trainer(max_epochs=0)``. The ranges live in this callback's state; checkpoints stay plain.
+
+    Args:
+        batches: How many training batches are looked at; None for all.
+        observer: ``"minmax"``, ``"moving_average"``, ``"percentile"``, ``"histogram"`` (smallest squared error), or a
+            callable that makes an observer; see ``surgery.observers``.
+        keep: Globs over names of layers, or names of their classes, that stay in float.
+        equalize: First give the channels between two layers equal ranges; see ``surgery.equalization.equalize_``.
+        correct_bias: Then shift biases until channels have the means of the float network; see
+            ``surgery.bias_correction.correct_bias_``.
+        seed: Of the data's order, whatever was drawn before.
+        network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
+
+    Raises:
+        ValueError: If an argument is out of its range; at ``setup``, if ``keep`` matches no layer, the network is
+            quantized while it is trained already, or ``ExportArtifacts`` comes first.
+
+    >>> PostTrainingQuantization(batches=8, observer="percentile").batches
+    8
+    """
+
+    def __init__(
+        self,
+        *,
+        batches: int | None = BATCHES,
+        observer: str | Callable[[], RangeObserver] = "histogram",
+        keep: Sequence[str] = (),
+        equalize: bool = False,
+        correct_bias: bool = False,
+        seed: int = 0,
+        network: str | None = None,
+    ) -> None:
+        if batches is not None and batches < 1:
+            raise ValueError(f"batches must be at least 1, or None for all, got {batches}")
+        observer_factory(observer)
+        self.batches, self.observer, self.keep = batches, observer, tuple(keep)
+        self.equalize, self.correct_bias, self.seed, self.network = equalize, correct_bias, seed, network
+        self._captured: CapturedNetwork | None = None
+        self._inputs = NetworkInputs()
+        self._observers: dict[str, Tensor] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint."""
+        return self._generate_state_key(network=self.network)
+
+    def check(self, network: nn.Module, *, max_epochs: float) -> None:
+        """Raise a ValueError if there is nothing to quantize, or ``keep`` matches no layer."""
+        select_weights(network, exclude=self.keep)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before any training."""
+        if stage != "fit":
+            return
+        self._captured = None
+        if isinstance(trainer.strategy, SHARDING):
+            raise ValueError(
+                f"strategy must keep whole parameters on every device, got {type(trainer.strategy).__name__}, which"
+                " shards them: PostTrainingQuantization needs 'auto', 'ddp' or a single device"
+            )
+        self.check(find_network(pl_module, self.network), max_epochs=trainer.max_epochs or 0)
+        others = callbacks_of(trainer)
+        if any(isinstance(other, QuantizationAwareTraining) for other in others):
+            raise ValueError(
+                "callbacks must quantize once, got PostTrainingQuantization beside QuantizationAwareTraining, whose"
+                " network is an int8 one already: leave one of them out"
+            )
+        if any(isinstance(other, ExportArtifacts) for other in others[: others.index(self)]):
+            raise ValueError(
+                "callbacks must hold PostTrainingQuantization before ExportArtifacts, got the other order: the files"
+                " would be those of the float network"
+            )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring the ranges back when a checkpoint is validated."""
+        self._resume(pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring the ranges back when a checkpoint is tested."""
+        self._resume(pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring the ranges back when a checkpoint predicts."""
+        self._resume(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Calibrate and quantize; a run that is resumed from a checkpoint that was quantized takes its ranges."""
+        self._resume(pl_module)
+        if self._captured is not None or getattr(trainer, "fast_dev_run", False):
+            return
+        found: list[Any] = [None]
+        if trainer.is_global_zero:
+            found = [self._quantize(trainer, pl_module)]
+            rank_zero_info(f"quantized after training: {len(found[0]['observers']) // 4} ranges")
+        if trainer.world_size > 1:
+            # The strategy is torn down by now, its process group is not.
+            torch.distributed.broadcast_object_list(found, src=0)
+            if not trainer.is_global_zero:
+                find_network(pl_module, self.network).load_state_dict(found[0]["weights"])
+                self.load_state_dict(found[0])
+                self._resume(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ranges and the shapes of the inputs; nothing before the network is quantized."""
+        if self._captured is None:
+            return {}
+        return {"observers": self._captured.observer_state(), "inputs": self._inputs.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the ranges until the network is where it will run."""
+        self._captured = None
+        self._observers = state_dict.get("observers")
+        self._inputs = NetworkInputs(state_dict.get("inputs", ()))
+
+    def _quantize(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Quantize on this rank; return what the others need: state and weights."""
+        network = find_network(pl_module, self.network)
+        loader = trainer.fit_loop._data_source.dataloader()  # as the user gave it, not this rank's share
+        with keep_random_state():
+            torch.manual_seed(self.seed)
+            batches = list(calibration_inputs(loader, network, batches=self.batches))
+        self._inputs.remember(batches[0])
+        example = self._inputs.example(batches[0][0].device)
+        if self.equalize:
+            equalize_(network, example)
+        plain = copied(network)
+        self._captured = capture_(network, example, keep=self.keep)
+        calibrate_(self._captured, batches, observer=self.observer)
+        if self.correct_bias:
+            correct_bias_(network, plain, batches)
+        weights = {name: value.cpu() for name, value in network.state_dict().items()}
+        return {**self.state_dict(), "weights": weights}
+
+    def _resume(self, pl_module: L.LightningModule) -> None:
+        if self._observers is None or self._captured is not None:
+            return
+        network = find_network(pl_module, self.network)
+        installed = vars(network).get("forward")
+        if isinstance(installed, CapturedNetwork):  # a second run of the same module
+            installed.load_observer_state(self._observers, frozen=True)
+            self._captured = installed
+        else:
+            inputs = self._inputs.example(pl_module.device)  # capturing reads shapes and types alone
+            self._captured = capture_(network, inputs, observers=self._observers, frozen=True, keep=self.keep)
+        self._observers = None
