@@ -213,3 +213,25 @@ def test_a_narrow_network_is_a_baseline_for_the_next_recipe(tmp_path):
     assert main(["recipe=deep_compression", baseline, *SHORT, f"hydra.run.dir={tmp_path / 'packed'}"]) == 0
     narrow, packed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("narrow", "packed"))
     assert packed["baseline"]["macs"] == narrow["artifacts"][0]["macs"] < narrow["baseline"]["macs"]
+
+
+def test_quantization_after_training_gives_the_same_file_twice_and_when_its_export_is_killed(tmp_path, monkeypatch):
+    options = ["recipe=ptq_int8", "export.formats=[onnx]", "callbacks.calibration.batches=4", *SHORT]
+    options.remove(f"trainer.max_epochs={EPOCHS}")  # the recipe trains no epoch more
+    files = []
+    for name in ("first", "second"):
+        assert main([*options, f"hydra.run.dir={tmp_path / name}"]) == 0
+        files.append((tmp_path / name / "model.onnx").read_bytes())
+    monkeypatch.setattr(export_module, "verify", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([*options, f"hydra.run.dir={tmp_path / 'killed'}"])
+    monkeypatch.undo()
+    assert main([f"resume={tmp_path / 'killed'}"]) == 0
+    (tmp_path / "second" / "model.onnx").unlink()
+    assert main([f"resume={tmp_path / 'second'}"]) == 0
+    files += [(tmp_path / name / "model.onnx").read_bytes() for name in ("killed", "second")]
+    assert len(set(files)) == 1
+    report = json.loads((tmp_path / "first" / "report.json").read_text())
+    assert report["artifacts"][0]["error"]["wrong"] <= report["baseline"]["error"]["wrong"] + 3
+    plain = torch.load(tmp_path / "first" / "last.ckpt", weights_only=True)["state_dict"]
+    DigitsNet(dropout=0.2).load_state_dict({key.removeprefix("network."): value for key, value in plain.items()})

@@ -68,7 +68,7 @@ def _write(
     # Imported here, so that reading a file needs no torch and writing ONNX no ExecuTorch.
     from lightning_edge.surgery.post_training import check_exportable
 
-    check_exportable(module, path.suffix)
+    scheme = check_exportable(module, path.suffix)
     if path.suffix == ".pte":
         from lightning_edge.export.executorch import to_executorch
 
@@ -78,6 +78,9 @@ def _write(
 
     model = to_onnx(module, example_inputs)
     if path.suffix == ".onnx":
+        from lightning_edge.export.narrow import store_narrow_
+
+        store_narrow_(model, scheme)
         path.write_bytes(model.SerializeToString(deterministic=True))
         return
     from lightning_edge.artifact import pack

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import onnx
 import torch
+from onnxscript import opset20
 from torch import Tensor, nn
 
 from lightning_edge.export.integers import use_integer_kernels_
@@ -39,7 +40,13 @@ def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx.Model
     shapes = tuple({0: batch} if len(value) == len(inputs[0]) else None for value in inputs)
     with _quiet(), keep_random_state():
         program = torch.onnx.export(
-            graph_module, inputs, dynamo=True, external_data=False, dynamic_shapes=shapes, verbose=False
+            graph_module,
+            inputs,
+            dynamo=True,
+            external_data=False,
+            dynamic_shapes=shapes,
+            verbose=False,
+            custom_translation_table={torch.ops.aten._int_mm.default: _integer_product},
         )
     assert program is not None
     model = program.model_proto
@@ -48,6 +55,11 @@ def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx.Model
     _strip(model)
     onnx.checker.check_model(model)
     return model
+
+
+def _integer_product(left: object, right: object) -> object:
+    """Multiply int8 matrices; torch's exporter knows no such operator."""
+    return opset20.MatMulInteger(left, right)
 
 
 @contextmanager

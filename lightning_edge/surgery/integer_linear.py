@@ -114,7 +114,8 @@ def _config(scheme: LinearScheme, group_size: int) -> Int8DynamicActivationInt8W
         return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     if scheme == "int8_weight_only":
         return IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))
+    int4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(group_size))
 
 
 def _replacement(layer: nn.Linear, scheme: LinearScheme) -> nn.Module:

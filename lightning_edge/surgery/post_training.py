@@ -47,7 +47,7 @@ def quantize(
     * ``"int8_static"``: weights to int8 per output channel, activations to int8 with ranges from the calibration (Jacob
       et al. 2018, arXiv:1712.05877), see :func:`~lightning_edge.surgery.quantization.capture_`. ``export`` writes it;
       the file gives the very numbers of the copy, in onnxruntime and in ExecuTorch.
-    * ``"int8_dynamic"``: weights of linear layers to int8, and every row of their inputs to int8 with a scale of its own
+    * ``"int8_dynamic"``: weights of linear layers to int8, and each row of their inputs to int8 with its own scale
       while it runs, by torchao; in onnxruntime integer products.
     * ``"int8_weight_only"``, ``"int4_weight_only"``: weights of linear layers to int8 with a scale per output, or to
       int4 with one for each ``group_size`` weights, by torchao; computation in float32. An ``.onnx`` stores a byte or
@@ -96,8 +96,8 @@ def quantize(
     return network
 
 
-def check_exportable(module: nn.Module, suffix: str) -> None:
-    """Raise unless the scheme that a network was quantized with can be written to this kind of file.
+def check_exportable(module: nn.Module, suffix: str) -> str | None:
+    """Return the scheme that a network was quantized with, None if with none, if it can be written to such a file.
 
     Raises:
         ValueError: With the files that it can be written to.
@@ -111,6 +111,7 @@ def check_exportable(module: nn.Module, suffix: str) -> None:
             f"path must end in one of {list(FILES[scheme])} for a network quantized with scheme {scheme!r}, got"
             f" {suffix!r}, which takes the schemes {can}"
         )
+    return None if scheme is None else str(scheme)
 
 
 def _capture_and_calibrate_(
