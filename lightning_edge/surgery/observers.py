@@ -110,7 +110,7 @@ class HistogramObserver:
 
     Both ends are searched in turn over 99 fractions of the extremes, on a histogram whose bins are at least eight times
     finer than the levels. (torchao's observer of this name searches greedily, and stops at the first step that does not
-    help: on a long tail this is the first one.)
+    help.)
 
     >>> observer = HistogramObserver()
     >>> observer.observe(torch.cat([torch.linspace(0, 1, 10_000_000), torch.tensor([9.0])]))

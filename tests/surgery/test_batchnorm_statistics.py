@@ -57,6 +57,18 @@ def test_of_an_int8_network_the_norms_see_the_rounded_weights():
     assert float((live - graph).abs().max()) < 0.1 * float(graph.std())
 
 
+def test_the_ranges_of_folded_weights_follow_the_new_variances():
+    quantized = quantize(trained(), digits())
+    convolution, norm = quantized[0], quantized[1]
+    with torch.no_grad():
+        convolution.weight *= 10  # the old variance is now a hundredth of the right one
+    reestimate_batch_norms_(quantized, digits())
+    folded = convolution.weight * (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1, 1)
+    scale = quantized.forward.observers["0.weight"].scale
+    torch.testing.assert_close(scale, folded.detach().flatten(1).abs().amax(1) / 127, rtol=0.003, atol=0)
+    assert quantized.forward.observers_frozen
+
+
 def test_an_error_leaves_the_statistics():
     network = trained()
     before = network[1].running_mean.clone()
