@@ -1,4 +1,4 @@
-"""One thread, no display, every test in a folder of its own; real data where there is some."""
+"""One thread, no display; real data where there is some."""
 
 import logging
 import os
@@ -12,11 +12,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 # Processes that tests start find the package too, wherever they start from.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-
-
-@pytest.fixture(autouse=True)
-def folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)
