@@ -43,7 +43,7 @@ class IntegerLinear(nn.Module):
         return F.linear(inputs, (self.weight.to(self.scale.dtype) * self.scale).flatten(1), self.bias)
 
 
-class DynamicIntegerLinear(nn.Module):
+class DynamicIntegerLinear(IntegerLinear):
     """A linear layer that rounds each row of its input to int8, with a scale of the row's own, and sums in int32.
 
     Args:
@@ -51,14 +51,6 @@ class DynamicIntegerLinear(nn.Module):
         scale: One for each output, shape (out_features,).
         bias: Shape (out_features,), or None.
     """
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.weight: Tensor
-        self.scale: Tensor
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.bias = bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return inputs x weight + bias."""

@@ -1,7 +1,6 @@
 """Quantization after training: a network that computes with few bits, from a trained one and a few batches."""
 
-from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from typing import Any, cast, get_args
 
@@ -13,7 +12,7 @@ from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.integer_linear import LinearScheme, integer_linear_
 from lightning_edge.surgery.observers import RangeObserver
 from lightning_edge.surgery.quantization import capture_
-from lightning_edge.surgery.selection import WEIGHTED
+from lightning_edge.surgery.selection import select_layers
 
 TARGETS = ("onnxruntime", "xnnpack")
 FILES: dict[str, tuple[str, ...]] = {
@@ -24,7 +23,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "fp16": (".onnx", ".pte", ".edge"),
     "bf16": (".onnx", ".pte", ".edge"),
 }
-"""The schemes, and the files that each can be exported to; without any, the network runs in torch alone."""
+"""The schemes, and the files that each can be exported to."""
 SCHEME = "quantization_scheme"
 """The attribute that says how a network was quantized."""
 _ROUNDED = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -83,10 +82,11 @@ def quantize(
     if target not in TARGETS:
         raise ValueError(f"target must be one of {list(TARGETS)}, got {target!r}")
     network = copied(module).eval()
+    kept = set(select_layers(network, keep, argument="keep").values())
     if scheme in _ROUNDED:
-        _round_(network, _ROUNDED[scheme], keep=_kept(network, keep))
+        _round_(network, _ROUNDED[scheme], keep=kept)
     elif scheme in get_args(LinearScheme):
-        integer_linear_(network, cast(LinearScheme, scheme), group_size=group_size, keep=_kept(network, keep))
+        integer_linear_(network, cast(LinearScheme, scheme), group_size=group_size, keep=kept)
     else:
         if calibration is None:
             raise ValueError("calibration must be given for the scheme 'int8_static', got None: a few training batches")
@@ -124,25 +124,8 @@ def _capture_and_calibrate_(
     calibrate_(capture_(network, first, keep=keep), chain([first], inputs), observer=observer)
 
 
-def _kept(network: nn.Module, keep: Sequence[str]) -> set[nn.Module]:
-    """Return the layers that a pattern matches."""
-    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, WEIGHTED)}
-    kept: set[nn.Module] = set()
-    for pattern in keep:
-        found = {
-            layer for name, layer in layers.items() if fnmatchcase(name, pattern) or type(layer).__name__ == pattern
-        }
-        if not found:
-            raise ValueError(
-                f"keep must match a convolution or linear layer, got {pattern!r}, which matches none of"
-                f" {list(layers)[:6]}"
-            )
-        kept |= found
-    return kept
-
-
 @torch.no_grad()
-def _round_(network: nn.Module, dtype: torch.dtype, *, keep: set[nn.Module]) -> None:
+def _round_(network: nn.Module, dtype: torch.dtype, *, keep: Collection[nn.Module]) -> None:
     for layer in network.modules():
         for parameter in layer.parameters(recurse=False) if layer not in keep else ():
             if parameter.is_floating_point():

@@ -1,16 +1,16 @@
 """A network that computes with fake-quantized numbers, and the int8 network that comes of it."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from lightning_edge.surgery.batchnorm import WEIGHTED, scale_and_shift_, scale_weights_
+from lightning_edge.surgery.batchnorm import scale_and_shift_, scale_weights_
 from lightning_edge.surgery.capture import capture, export_graph, keep_random_state
 from lightning_edge.surgery.captured import CapturedNetwork
 from lightning_edge.surgery.fakequant import insert_fake_quantizers_, remove_training_
+from lightning_edge.surgery.selection import select_layers
 
 __all__ = ["CapturedNetwork", "capture_", "convert", "deployed", "release_"]
 
@@ -54,7 +54,7 @@ def capture_(
     # never be trained.
     with keep_random_state(), torch.inference_mode(False), torch.enable_grad():
         graph_module, literals = capture(network, example_inputs)
-        kept = _kept(network, graph_module, keep)
+        kept = [f"{name}.weight".removeprefix(".") for name in select_layers(network, keep, argument="keep")]
         pairs = scale_weights_(graph_module, keep=kept)
         names = insert_fake_quantizers_(graph_module, pairs, keep=kept)
         captured = CapturedNetwork(
@@ -71,29 +71,6 @@ def capture_(
             captured.load_observer_state(observers, frozen=frozen)
     network.forward = captured
     return captured
-
-
-def _kept(network: nn.Module, graph_module: GraphModule, keep: Sequence[str]) -> set[str]:
-    """Return the names of the weights whose layers match a pattern."""
-    if isinstance(keep, str):
-        raise ValueError(f"keep must be a list of patterns, got the string {keep!r}: write [{keep!r}]")
-    operands = [node.args[1] for node in graph_module.graph.nodes if node.target in WEIGHTED]
-    weights = {str(operand.target) for operand in operands if operand.op == "get_attr"}
-    layers = {name: name.rpartition(".")[0] for name in sorted(weights)}
-    kept = set()
-    for pattern in keep:
-        found = {
-            weight
-            for weight, layer in layers.items()
-            if fnmatchcase(layer, pattern) or type(network.get_submodule(layer)).__name__ == pattern
-        }
-        if not found:
-            raise ValueError(
-                f"keep must match a convolution or linear layer, got {pattern!r}, which matches none of"
-                f" {list(layers.values())[:6]}"
-            )
-        kept |= found
-    return kept
 
 
 def release_(network: nn.Module) -> None:

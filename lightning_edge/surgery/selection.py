@@ -81,21 +81,13 @@ def select_weights(
     >>> list(select_weights(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 2)), exclude=["Conv2d"]))
     ['2.weight']
     """
-    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, WEIGHTED)}
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ValueError(
-                f"{argument} must be a list of patterns, got the string {patterns!r}: write [{patterns!r}]"
-            )
-        for pattern in patterns:
-            if not any(_matches(name, layer, pattern) for name, layer in layers.items()):
-                raise ValueError(_no_match(argument, pattern, layers))
+    included = select_layers(network, include, argument="include")
+    excluded = select_layers(network, exclude, argument="exclude")
     selected: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for name, layer in layers.items():
+    for name, layer in included.items():
         weight = layer.weight
-        wanted = any(_matches(name, layer, p) for p in include) and not any(_matches(name, layer, p) for p in exclude)
-        if not wanted or id(weight) in seen:
+        if name in excluded or id(weight) in seen:
             continue
         _check_trainable(name, weight)
         assert isinstance(weight, nn.Parameter)
@@ -103,9 +95,32 @@ def select_weights(
         selected[f"{name}.weight" if name else "weight"] = weight
     if not selected:
         raise ValueError(
-            f"include={list(include)} without exclude={list(exclude)} must leave a layer of {list(layers)[:6]}"
+            f"include={list(include)} without exclude={list(exclude)} must leave a layer of {list(included)[:6]}"
         )
     return selected
+
+
+def select_layers(network: nn.Module, patterns: Sequence[str], *, argument: str) -> dict[str, Layer]:
+    """Return the linear and convolution layers that any of the patterns matches, by name, in module order.
+
+    Args:
+        network: The network; names are relative to it.
+        patterns: Globs over qualified names, or names of classes, as in :func:`select_weights`.
+        argument: What the caller calls them.
+
+    Raises:
+        ValueError: If a pattern matches no layer, or the patterns are one string.
+
+    >>> list(select_layers(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 2)), ["Linear"], argument="keep"))
+    ['2']
+    """
+    if isinstance(patterns, str):
+        raise ValueError(f"{argument} must be a list of patterns, got the string {patterns!r}: write [{patterns!r}]")
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, WEIGHTED)}
+    for pattern in patterns:
+        if not any(_matches(name, layer, pattern) for name, layer in layers.items()):
+            raise ValueError(_no_match(argument, pattern, layers))
+    return {name: layer for name, layer in layers.items() if any(_matches(name, layer, p) for p in patterns)}
 
 
 def _matches(name: str, layer: nn.Module, pattern: str) -> bool:
