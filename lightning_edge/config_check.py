@@ -35,6 +35,8 @@ def check(cfg: DictConfig) -> None:
     taught = teacher_stage(cfg)
     if taught is not None:
         _check_stage(taught, prefix="teacher.")
+    if cfg.get("teacher") is not None and cfg.get("distillation") is None:
+        raise ValueError("teacher must stand beside a distillation, got none: add distillation=larger, or drop teacher")
     if cfg.start not in ("dense", "scratch"):
         raise ValueError(f"start must be dense or scratch, got {cfg.start!r}")
 

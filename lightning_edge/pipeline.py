@@ -30,7 +30,8 @@ from lightning_edge.report import (
     write_report,
 )
 from lightning_edge.surgery.quantization import CapturedNetwork
-from lightning_edge.surgery.selection import find_network, network_path
+from lightning_edge.surgery.selection import find_network
+from lightning_edge.surgery.weights import load_weights_
 from lightning_edge.surgery.widths import changed_widths, rebuild_, widths_of
 
 _BASELINE, _TEACHER, _LAST = "baseline.ckpt", "teacher.ckpt", "last.ckpt"
@@ -165,14 +166,13 @@ def _load(model: L.LightningModule, checkpoint: Path) -> L.LightningModule:
     """Load a Lightning checkpoint, or the plain weights of the network, as a model zoo publishes them."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     try:
-        model.on_load_checkpoint(state)
         weights = state.get("state_dict", state)
-        if not weights.keys() & model.state_dict().keys():
-            # Written by DataParallel, or without a LightningModule around the network.
-            path = network_path(model)
-            weights = {f"{path}.{name.removeprefix('module.')}" if path else name: w for name, w in weights.items()}
-        model.load_state_dict(weights)
-    except (AttributeError, RuntimeError) as error:
+        if weights.keys() & model.state_dict().keys():
+            model.on_load_checkpoint(state)
+            model.load_state_dict(weights)
+        else:  # written by DataParallel, by a DistillationModule, or without a LightningModule around the network
+            load_weights_(find_network(model), checkpoint)
+    except (AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"baseline must be a checkpoint of {type(model).__name__} with this model, or the weights of its network,"
