@@ -1,6 +1,7 @@
 """A LightningModule that trains a student, any LightningModule, with what a frozen teacher knows."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +14,10 @@ from torch.optim import Optimizer
 from lightning_edge.modules.classification import ClassificationModule
 from lightning_edge.modules.distillation_terms import DistillationTerm
 from lightning_edge.modules.matching import Matching
-from lightning_edge.modules.teachers import MovingAverage, OutputAdapter, Teachers, TeacherSource, first_tensor
+from lightning_edge.modules.teachers import MovingAverage, OutputAdapter, Teachers, TeacherSource
 from lightning_edge.modules.wrapping import lend_hooks_, speaking_for
 from lightning_edge.surgery.capture import keep_random_state
-from lightning_edge.surgery.distillation import recorded
+from lightning_edge.surgery.distillation import first_tensor, recorded
 from lightning_edge.surgery.selection import find_network, network_path
 
 _AVERAGES = "lightning_edge.moving_average_teachers"
@@ -109,6 +110,9 @@ class DistillationModule(L.LightningModule):
         matching = self._taught()
         if matching.is_built:  # Lightning and callbacks call this more than once
             return
+        endless = self.trainer.max_epochs in (None, -1) or getattr(self.trainer, "fast_dev_run", False)
+        for term in matching.terms.values():
+            term.check(max_epochs=math.inf if endless else float(self.trainer.max_epochs or 0))
         network = find_network(self)
         matching.build(network)
         if matching.adapted_terms:
@@ -142,9 +146,8 @@ class DistillationModule(L.LightningModule):
         values["task"] = task = result["loss"] if isinstance(result, Mapping) else result
         loss = self.task_weight * task
         for name, term in matching.terms.items():
-            loss = (
-                loss + term.weight_at(self.current_epoch, last_epoch=(self.trainer.max_epochs or 0) - 1) * values[name]
-            )
+            weight = term.weight_at(self.current_epoch, last_epoch=(self.trainer.max_epochs or 0) - 1)
+            loss = loss + weight * values[name]
         rows = len(self.output_adapter(calls[0].output))
         logged = {f"distillation/{name}": value.detach() for name, value in values.items()}
         self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
@@ -170,7 +173,7 @@ class DistillationModule(L.LightningModule):
         for name in [n for n in checkpoint["state_dict"] if n.startswith("matching.") and n not in own]:
             del checkpoint["state_dict"][name]
         if self.matching is not None and _AVERAGES in checkpoint:
-            self.matching.teachers.load_averages(checkpoint[_AVERAGES])
+            self.matching.teachers.load_averages(checkpoint[_AVERAGES], find_network(self))
 
     def _taught(self) -> Matching:
         if self.matching is None:

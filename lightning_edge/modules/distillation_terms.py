@@ -85,7 +85,7 @@ class DistillationTerm:
             raise ValueError("layers must name at least one pair of layers, got none: leave it out for the outputs")
         if self.end_epoch is not None and self.end_epoch <= self.start_epoch:
             raise ValueError(f"end_epoch must be above start_epoch={self.start_epoch}, got {self.end_epoch}")
-        find_schedule(self.schedule)
+        object.__setattr__(self, "schedule", find_schedule(self.schedule))  # looked up, and tried, once
 
     @property
     def function(self) -> Loss:
@@ -108,6 +108,12 @@ class DistillationTerm:
         """Whether both sides are projected to one embedding."""
         return self._bare in _PROJECTED
 
+    def check(self, *, max_epochs: float) -> None:
+        """Raise a ValueError if the weight does not reach ``end_weight`` within the fit."""
+        for name, epoch in (("start_epoch", self.start_epoch), ("end_epoch", self.end_epoch)):
+            if self.end_weight is not None and epoch is not None and epoch >= max_epochs:
+                raise ValueError(f"{name} must be below max_epochs={max_epochs:g} (zero-based), got {epoch}")
+
     def weight_at(self, epoch: float, *, last_epoch: float) -> float:
         """Return the weight at an epoch (zero-based).
 
@@ -119,7 +125,8 @@ class DistillationTerm:
             return self.weight
         end = last_epoch if self.end_epoch is None else self.end_epoch
         done = progress_at(epoch, start=self.start_epoch, end=end) if end > self.start_epoch else 1.0
-        return self.weight + (self.end_weight - self.weight) * find_schedule(self.schedule)(done)
+        assert callable(self.schedule)
+        return self.weight + (self.end_weight - self.weight) * self.schedule(done)
 
     @property
     def _bare(self) -> object:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,6 @@ class Teachers:
         self.shares = [share / sum(shares) for share in shares]
         self.networks: list[nn.Module] = []
         self._sources = list(sources)
-        self._device: torch.device | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Teachers":
         return self
@@ -102,10 +102,8 @@ class Teachers:
     def __call__(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, device: torch.device) -> Any:
         """Return the output of one teacher, in evaluation mode whatever else was called, on the student's device."""
         network = self.networks[index]
-        if device != self._device:
-            for each in self.networks:
-                each.to(device)
-            self._device = device
+        if any(parameter.device != device for parameter in islice(network.parameters(), 1)):
+            network.to(device)
         if network.training:
             network.eval()
         return network(*args, **kwargs)
@@ -119,10 +117,9 @@ class Teachers:
         for index, source in enumerate(self._sources):
             if not isinstance(source, MovingAverage):
                 continue
-            average, current = self.networks[index].state_dict(), student.state_dict()
-            if any(average[name].shape != value.shape for name, value in current.items()):
-                self.networks[index], self._device = self._build(source, student).requires_grad_(False).eval(), None
+            if self._reshaped(index, student):
                 continue
+            average, current = self.networks[index].state_dict(), student.state_dict()
             for name, value in current.items():
                 if value.is_floating_point():
                     average[name].lerp_(value.to(average[name].device), 1 - source.decay)
@@ -138,12 +135,21 @@ class Teachers:
             for name, value in self.networks[index].state_dict().items()
         }
 
-    def load_averages(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`averages` returned."""
+    def load_averages(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
+        """Take over what :meth:`averages` returned, of a student of these widths."""
         for index, source in enumerate(self._sources):
             if isinstance(source, MovingAverage):
+                self._reshaped(index, student)
                 own = {n.removeprefix(f"{index}."): v for n, v in state.items() if n.startswith(f"{index}.")}
                 self.networks[index].load_state_dict(own)
+
+    def _reshaped(self, index: int, student: nn.Module) -> bool:
+        """Copy the student anew if its shapes are not the average's any more; return whether they were not."""
+        average = self.networks[index].state_dict()
+        differs = any(average[name].shape != value.shape for name, value in student.state_dict().items())
+        if differs:
+            self.networks[index] = self._build(self._sources[index], student).requires_grad_(False).eval()
+        return differs
 
     @staticmethod
     def _build(source: TeacherSource, student: nn.Module) -> nn.Module:
@@ -159,21 +165,3 @@ class Teachers:
                 f"teacher must be a network, a callable that builds one, or a path, got {type(built).__name__}"
             )
         return find_network(built) if isinstance(built, L.LightningModule) else built
-
-
-def first_tensor(output: object) -> Tensor:
-    """Return the tensor that a network's output is, or begins with.
-
-    Raises:
-        ValueError: If there is none.
-
-    >>> first_tensor((torch.ones(1), None))
-    tensor([1.])
-    """
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(first, Tensor):
-        raise ValueError(
-            f"output must be a tensor to be matched, got a {type(output).__name__}: give output_adapter, a callable"
-            " that returns the logits"
-        )
-    return first

@@ -58,7 +58,7 @@ def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Ca
         for name, layer in _layers(network, layers).items():
 
             def keep(_: nn.Module, __: object, output: object, name: str = name) -> None:
-                calls[-1].features[name] = _tensor(output, name)
+                calls[-1].features[name] = first_tensor(output, what=f"layer {name!r}", mend="match another layer")
 
             stack.enter_context(layer.register_forward_hook(keep))
         stack.enter_context(network.register_forward_hook(end))
@@ -94,6 +94,27 @@ def match_layers(student: nn.Module, teacher: nn.Module, layers: Mapping[str, st
     return pairs
 
 
+def first_tensor(output: object, *, what: str = "output", mend: str = "give output_adapter") -> Tensor:
+    """Return the tensor that an output is, or begins with.
+
+    Args:
+        output: Of a network or a layer.
+        what: What an error calls it.
+        mend: What an error advises.
+
+    Raises:
+        ValueError: If there is none.
+
+    >>> import torch
+    >>> first_tensor((torch.ones(1), None))
+    tensor([1.])
+    """
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, Tensor):
+        raise ValueError(f"{what} must give a tensor to be matched, got a {type(output).__name__}: {mend}")
+    return first
+
+
 def _layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     inner = unwrapped(network)
     captured = vars(inner).get("forward")
@@ -115,10 +136,3 @@ def _matching(network: nn.Module, pattern: str, whose: str) -> list[str]:
 
 def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
-
-
-def _tensor(output: object, name: str) -> Tensor:
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(first, Tensor):
-        raise ValueError(f"layer {name!r} must give a tensor to be matched, got a {type(output).__name__}")
-    return first

@@ -11,12 +11,15 @@ from lightning.pytorch.callbacks import Callback
 import lightning_edge.callbacks.export as export_module
 from lightning_edge import (
     ChannelPruning,
+    DistillationModule,
+    DistillationTerm,
     ExactResume,
     ExportArtifacts,
     QuantizationAwareTraining,
     WeightPruning,
     WeightSharing,
 )
+from lightning_edge.modules import MovingAverage
 
 
 class Diverge(Callback):
@@ -38,6 +41,11 @@ class Diverge(Callback):
 
 def digest(tensors):
     return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def student():
+    terms = {"soft": DistillationTerm(), "contrast": DistillationTerm("contrastive", layers={"4": "4"})}
+    return DistillationModule(DigitsTask(), [DigitsTask(), MovingAverage(0.9)], terms)
 
 
 def main(folder, when, seed):
@@ -66,7 +74,7 @@ def main(folder, when, seed):
     task, trainer = fit_digits(
         folder / "checkpoints",
         [ExactResume(), *callbacks],
-        task=DigitsTask(),
+        task=student() if when == "distillation" else DigitsTask(),
         seed=seed,
         devices=2,
         strategy="ddp",

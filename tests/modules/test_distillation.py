@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_edge import DistillationModule, DistillationTerm, ExactResume
+from lightning_edge import ChannelPruning, DistillationModule, DistillationTerm, ExactResume
 from lightning_edge.functional.distillation import hint_loss, soft_target_loss
 from lightning_edge.modules import ClassificationModule, MovingAverage, pretrained
 from lightning_edge.modules.teachers import Teachers
@@ -205,6 +205,24 @@ def test_a_moving_average_follows_the_student(tmp_path):
     assert not network(0).load_state_dict(module.student_state_dict()).missing_keys
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_moving_average_gets_narrow_with_the_student_and_resumes(tmp_path, epoch):
+    def narrowing():
+        return ChannelPruning(sparsity=0.5, end_epoch=1, remove_epoch=1, round_to=2, protect_ends=False)
+
+    def module():
+        torch.manual_seed(0)
+        net = nn.Sequential(Net(), nn.ReLU(), nn.Linear(4, 4))
+        return DistillationModule(Task(net), MovingAverage(0.8))
+
+    whole, resumed = module(), module()
+    fit(whole, tmp_path / "whole", narrowing(), epochs=3)
+    fit(resumed, tmp_path / "resumed", narrowing(), epochs=3, ckpt_path=tmp_path / "whole" / f"epoch={epoch}.ckpt")
+    averages, others = (each.matching.teachers.averages() for each in (whole, resumed))
+    assert averages["0.0.conv.weight"].shape[0] == 4
+    assert all(torch.equal(value, others[name]) for name, value in averages.items())
+
+
 def test_a_path_is_a_teacher_of_the_student_s_own_architecture(tmp_path):
     dense = ClassificationModule(network(3))
     torch.save({"state_dict": dense.state_dict()}, tmp_path / "dense.ckpt")
@@ -326,6 +344,9 @@ def test_what_cannot_work_is_refused(tmp_path):
         DistillationModule(Task(), network(), {})
     with pytest.raises(ValueError, match="layers must name layers of the teacher, got 'conf'.*'conv'"):
         fit(DistillationModule(Task(), network(), {"a": DistillationTerm("hint", layers={"conv": "conf"})}), tmp_path)
+    late = {"soft": DistillationTerm(end_weight=0.0, end_epoch=5)}
+    with pytest.raises(ValueError, match="end_epoch must be below max_epochs=2 \\(zero-based\\), got 5"):
+        fit(DistillationModule(Task(), network(), late), tmp_path)
     with pytest.raises(ValueError, match="teacher must be at least one network"):
         DistillationModule(Task(), [])
     with pytest.raises(ValueError, match="teacher_weights must be 2 numbers"):
