@@ -57,9 +57,9 @@ def reestimate_batch_norms_(
     if not norms:
         raise ValueError(f"module must have a batch norm with running statistics, got a {type(module).__name__}")
     before = {name: (_mean(norm).clone(), _variance(norm).clone()) for name, norm in norms.items()}
-    counters = {
-        name: norm.num_batches_tracked.clone() for name, norm in norms.items() if norm.num_batches_tracked is not None
-    }
+    counters = [
+        (counter, counter.clone()) for norm in norms.values() if (counter := norm.num_batches_tracked) is not None
+    ]
     pooled = {name: _Pooled() for name in norms}
     rows = 0
     example: tuple[Tensor, ...] = ()
@@ -76,8 +76,8 @@ def reestimate_batch_norms_(
             statistics = pooled[name].result() if pooled[name].weight else before[name]
             _mean(norm).copy_(statistics[0])
             _variance(norm).copy_(statistics[1])
-            if name in counters:
-                norm.num_batches_tracked.copy_(counters[name])  # type: ignore[union-attr]
+        for counter, value in counters:
+            counter.copy_(value)
     captured = vars(module).get("forward")
     if isinstance(captured, CapturedNetwork):
         captured.observe_weights(example)  # of the folded network: they depend on the variance

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_edge.surgery.batchnorm import BATCH_NORM, CONVOLUTIONS, WEIGHTED, weight_of
 from lightning_edge.surgery.capture import export_graph, keep_random_state
@@ -44,7 +46,7 @@ class _Pair:
     """Two layers and what is between them."""
 
     first: nn.Module
-    norm: nn.Module | None
+    norm: _BatchNorm | None
     second: nn.Module
     names: tuple[str, str]
     repeats: int  # inputs of the second layer that each channel of the first becomes: positions behind a flatten
@@ -141,14 +143,18 @@ def _is_per_channel(layer: Node) -> bool:
     return layer.target in CONVOLUTIONS or layer.meta["val"].ndim == 2
 
 
-def _owner(module: nn.Module, norm: Node) -> nn.Module | None:
+def _owner(module: nn.Module, norm: Node) -> _BatchNorm | None:
     weight = norm.args[1]
-    return module.get_submodule(str(weight.target).rpartition(".")[0]) if isinstance(weight, Node) else None
+    owner = module.get_submodule(str(weight.target).rpartition(".")[0]) if isinstance(weight, Node) else None
+    return owner if isinstance(owner, _BatchNorm) else None
 
 
 def _inputs_of(layer: nn.Module) -> int:
     """How many channels a layer reads; a depthwise one keeps them in its rows."""
-    return layer.in_features if isinstance(layer, nn.Linear) else int(layer.in_channels)  # type: ignore[arg-type]
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    assert isinstance(layer, _ConvNd)
+    return layer.in_channels
 
 
 def _rows(pair: _Pair) -> Tensor:
@@ -156,9 +162,8 @@ def _rows(pair: _Pair) -> Tensor:
     rows = _weight(pair.first).flatten(1).abs().amax(1)
     if pair.norm is not None:
         rows = rows * _weight(pair.norm).abs()
-        variance, epsilon = pair.norm.running_var, float(pair.norm.eps)  # type: ignore[arg-type]
-        if isinstance(variance, Tensor):
-            rows = rows / (variance + epsilon).sqrt()
+        if pair.norm.running_var is not None:
+            rows = rows / (pair.norm.running_var + pair.norm.eps).sqrt()
     return rows
 
 
