@@ -95,7 +95,15 @@ def _remove_captured_(module: nn.Module, inputs: tuple[Any, ...]) -> DeadUnitsRe
         for key in [key for key in observers if side.is_output and key.startswith(f"{side.layer}.weight.")]:
             observers[key] = observers[key][indices.to(observers[key].device)]  # one for each output channel
     inputs = tuple(value[:2] for value in inputs)
-    capture_(module, inputs, observers=observers, frozen=captured.observers_frozen, keep=captured.keep)
+    capture_(
+        module,
+        inputs,
+        observers=observers,
+        frozen=captured.observers_frozen,
+        keep=captured.keep,
+        weight_bits=captured.weight_bits,
+        learned_steps=captured.learned_steps,
+    )
     return report
 
 

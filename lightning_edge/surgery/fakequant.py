@@ -4,15 +4,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import (
-    FakeQuantize,
-    FusedMovingAvgObsFakeQuantize,
-    MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
-)
 
 from lightning_edge.surgery.batchnorm import WEIGHTED, new_constant, weight_of
 from lightning_edge.surgery.capture import GUARDS, eliminate_dead_code_, tensor_at
+from lightning_edge.surgery.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 
 _aten = torch.ops.aten
 _qd = torch.ops.quantized_decomposed
@@ -48,7 +43,12 @@ _SELECTING = (
 
 
 def insert_fake_quantizers_(
-    graph_module: GraphModule, pairs: Mapping[Node, Node], *, keep: Collection[str] = ()
+    graph_module: GraphModule,
+    pairs: Mapping[Node, Node],
+    *,
+    keep: Collection[str] = (),
+    bits: Mapping[str, int] | None = None,
+    learned: bool = False,
 ) -> dict[str, str]:
     """Insert a fake quantizer behind every value that the int8 network holds as an integer.
 
@@ -59,6 +59,8 @@ def insert_fake_quantizers_(
         graph_module: A graph in training mode.
         pairs: Layer to the batch norm behind it, from :func:`~lightning_edge.surgery.batchnorm.scale_weights_`.
         keep: Names of the weights of layers that stay in float.
+        bits: Name of a weight to its bits; 8 where there is none.
+        learned: Whether steps are learned.
 
     Returns:
         Name of each observer to the path of its module in the graph.
@@ -75,7 +77,12 @@ def insert_fake_quantizers_(
     for index, (value, is_weight) in enumerate(values.items()):
         name = weight_of(value) if is_weight else value.name
         path = f"{_NAME}{index}"
-        graph_module.add_submodule(path, _weight_quantizer() if is_weight else _activation_quantizer())
+        quantizer: Quantizer = (
+            WeightQuantizer(bits=(bits or {}).get(name, 8), learned=learned)
+            if is_weight
+            else ActivationQuantizer(learned=learned)
+        )
+        graph_module.add_submodule(path, quantizer)
         with graph_module.graph.inserting_after(value):
             call = graph_module.graph.call_module(path, (value,))
         readers = [user for user in value.users if user is not call and user.target != GUARDS]
@@ -133,9 +140,10 @@ def replace_fake_quantizers_(graph_module: GraphModule) -> None:
     remove_training_(graph_module)
     for node in graph.find_nodes(op="call_module"):
         quantizer = graph_module.get_submodule(str(node.target))
-        assert isinstance(quantizer, FakeQuantize)
+        assert isinstance(quantizer, WeightQuantizer | ActivationQuantizer)
         with graph.inserting_before(node):
-            new = _integer_weight(graph_module, node, quantizer) if quantizer.is_per_channel else _pair(node, quantizer)
+            is_weight = isinstance(quantizer, WeightQuantizer)
+            new = _integer_weight(graph_module, node, quantizer) if is_weight else _pair(node, quantizer)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     for node in list(graph.nodes):
@@ -209,43 +217,22 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, Node) and value.op == "get_attr"
 
 
-def _weight_quantizer() -> FakeQuantize:
-    # Not the fused one: it never takes a scale below 6.1e-5, too coarse for the small weights behind an unscaled input.
-    return FakeQuantize(
-        observer=MovingAveragePerChannelMinMaxObserver,
-        averaging_constant=1.0,  # the range is that of the weights now
-        dtype=torch.int8,
-        quant_min=-127,
-        quant_max=127,
-        qscheme=torch.per_channel_symmetric,
-        ch_axis=0,
-    )
-
-
-def _activation_quantizer() -> FakeQuantize:
-    return FusedMovingAvgObsFakeQuantize(
-        observer=MovingAverageMinMaxObserver,
-        dtype=torch.int8,
-        quant_min=-128,
-        quant_max=127,
-        qscheme=torch.per_tensor_affine,
-        eps=2**-12,  # XNNPACK's limit on the ratio of scales
-    )
-
-
-def _integer_weight(graph_module: GraphModule, node: Node, quantizer: FakeQuantize) -> Node:
+def _integer_weight(graph_module: GraphModule, node: Node, quantizer: WeightQuantizer) -> Node:
     value = node.args[0]
     assert isinstance(value, Node)
     assert value.op == "get_attr", "weights are constants once batch norms are folded"
     name = str(value.target).removesuffix("_folded")
-    limits = (0, quantizer.quant_min, quantizer.quant_max, torch.int8)
     weight = tensor_at(graph_module, value.target).detach()
-    scale, zero_point = quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone()
-    integers = _qd.quantize_per_channel(weight, scale, zero_point, *limits)
+    scale = quantizer.steps_of(weight)
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    integers = _qd.quantize_per_channel(
+        weight, scale, zero_point, 0, quantizer.quant_min, quantizer.quant_max, torch.int8
+    )
     constants = [
         new_constant(graph_module, f"{name}_{part}", tensor)
         for part, tensor in (("int8", integers), ("scale", scale), ("zero_point", zero_point))
     ]
+    limits = (0, -127, 127, torch.int8)  # integers of fewer bits too: runtimes have kernels for these
     return graph_module.graph.call_function(_qd.dequantize_per_channel.default, (*constants, *limits))
 
 
@@ -279,7 +266,7 @@ def _is_integer_weight(value: object) -> bool:
     return isinstance(value, Node) and value.target is _qd.dequantize_per_channel.default
 
 
-def _pair(node: Node, quantizer: FakeQuantize) -> Node:
+def _pair(node: Node, quantizer: ActivationQuantizer) -> Node:
     limits = (float(quantizer.scale), int(quantizer.zero_point), quantizer.quant_min, quantizer.quant_max, torch.int8)
     integers = node.graph.call_function(_qd.quantize_per_tensor.default, (node.args[0], *limits))
     return node.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *limits))

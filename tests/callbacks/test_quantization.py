@@ -186,7 +186,7 @@ def test_pruning_after_the_observers_are_frozen_is_refused(fit):
 
 
 def test_a_fit_that_ends_early_raises(fit):
-    with pytest.raises(ValueError, match="must start at epoch 3, got a fit that ended at epoch 1"):
+    with pytest.raises(ValueError, match="must round from epoch 3, got a fit that ended at epoch 1"):
         fit(QuantizationAwareTraining(3), max_steps=8)
 
 
