@@ -2,17 +2,19 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_edge.callbacks.resume import ExactResume
 from lightning_edge.surgery.selection import find_network
@@ -34,13 +36,14 @@ class CompressionCallback(L.Callback):
     network: str | None = None
     _resumed = _trained = False
     _steps_per_epoch = math.inf
+    _fitted: nn.Module | None = None
+    _step_hooks: tuple[RemovableHandle, ...] = ()
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise a ValueError if the callback cannot do its work on ``network`` within ``max_epochs``."""
 
     def reset(self) -> None:
         """Forget an earlier fit of this callback; a resumed one loads its state afterwards."""
-        self._resumed = self._trained = False
 
     def decisions(self) -> tuple[int, int]:
         """Return the first and the last epoch (zero-based) at whose start the callback changes the network."""
@@ -58,7 +61,7 @@ class CompressionCallback(L.Callback):
         """Refuse what cannot work, before any training."""
         if stage != "fit":
             return
-        self.reset()
+        self._resumed = self._trained = False
         if isinstance(trainer.strategy, SHARDING):
             raise ValueError(
                 f"strategy must keep whole parameters on every device, got {type(trainer.strategy).__name__}, which"
@@ -66,13 +69,22 @@ class CompressionCallback(L.Callback):
             )
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # the layers do not exist before, and Lightning calls it only after setup
+        network = find_network(pl_module, self.network)
+        if network is not self._fitted or trainer.global_step == 0:
+            self.reset()  # else the fit goes on where an earlier one of this trainer ended: its decisions stand
         # A trial run of one batch never reaches the schedule: its length is no mistake in the arguments.
         max_epochs = math.inf if is_trial(trainer) or trainer.max_epochs in (None, -1) else trainer.max_epochs
         assert max_epochs is not None
-        self.check(find_network(pl_module, self.network), max_epochs=max_epochs)
+        self.check(network, max_epochs=max_epochs)
+        self._fitted = network
         if self is compressing(trainer)[0]:
             check_order(compressing(trainer))
             _warn_of_early_choices(trainer)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Forget what a fit that goes on has kept: the checkpoint says where it goes on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.reset()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when a resumed run will draw another data order than the run that it goes on from."""
@@ -97,6 +109,20 @@ class CompressionCallback(L.Callback):
 
     def check_steps(self, steps: float) -> None:
         """Raise a ValueError if the callback's schedule of optimizer steps does not end within ``steps``."""
+
+    def after_steps(self, trainer: L.Trainer, hook: Callable[..., None]) -> None:
+        """Call ``hook`` after every step of every optimizer, until the fit is over."""
+        self._step_hooks = tuple(optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the optimizers to whoever uses them next."""
+        for handle in self._step_hooks:
+            handle.remove()
+        self._step_hooks = ()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the optimizers alone after a fit that failed, too: Lightning calls no teardown then."""
+        self.teardown(trainer, pl_module, "fit")
 
     def must_be_done(self, trainer: L.Trainer) -> bool:
         """Return whether this fit had to reach the targets: not a trial run, nor one that had nothing left to train."""

@@ -156,6 +156,7 @@ class ChannelPruning(CompressionCallback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its own hook back."""
+        super().teardown(trainer, pl_module, stage)
         vars(pl_module).pop("on_load_checkpoint", None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -164,8 +165,7 @@ class ChannelPruning(CompressionCallback):
         vars(pl_module).pop("on_load_checkpoint", None)
         network = find_network(pl_module, self.network)
         self._projection = Projection()
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._projection)
+        self.after_steps(trainer, self._projection)
         if self._manifest:
             return
         if self._kept:

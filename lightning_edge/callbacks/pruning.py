@@ -154,12 +154,13 @@ class WeightPruning(CompressionCallback):
         self._scores: dict[str, Tensor] = {}
         self._hidden: dict[str, Tensor] = {}
         self._early: dict[str, Tensor] = {}
+        self._weights: dict[str, nn.Parameter] = {}
         self._done = 0
         self._inputs = NetworkInputs()
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise unless the patterns match and the schedule ends within the fit."""
-        self.target.check(network, include=self.include, exclude=self.exclude)
+        self.target.check(self._select(network))
         self.clock.check_epochs(max_epochs)
 
     def check_steps(self, steps: float) -> None:
@@ -171,16 +172,17 @@ class WeightPruning(CompressionCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the masks of a resumed run, and apply masks after every step of every optimizer."""
         super().on_fit_start(trainer, pl_module)
-        weights = self._weights(pl_module)
+        network = find_network(pl_module, self.network)
+        # Chosen once: a layer that is frozen later, or for a moment (toggle_optimizer), stays one of them.
+        weights = self._weights = self._select(network)
         for kept in (self._masks, self._scores, self._hidden):
             if kept:
                 kept.update(state_tensors("WeightPruning", kept, weights))
         self._projection = Projection(self._hidden if isinstance(self.regrowth, Splicing) else None)
         self._projection.set_masks(weights, self._masks)
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._projection)
+        self.after_steps(trainer, self._projection)
         if self.score == "synflow":
-            self._inputs.watch(find_network(pl_module, self.network))
+            self._inputs.watch(network)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune what a schedule of epochs asks for."""
@@ -203,7 +205,7 @@ class WeightPruning(CompressionCallback):
         """Read the gradients for scores and regrowth; leave pruned weights out of the norm that clipping takes."""
         accumulate = _ACCUMULATED.get(self.score) if isinstance(self.score, str) else None
         if accumulate is not None and self._done < self.clock.count:
-            for name, weight in stepped(self._weights(pl_module), optimizer).items():
+            for name, weight in stepped(self._weights, optimizer).items():
                 assert weight.grad is not None
                 score = accumulate(weight, weight.grad)
                 # Anew where channels were removed since.
@@ -224,10 +226,8 @@ class WeightPruning(CompressionCallback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise if the fit ended before the target."""
-        weights = self._weights(pl_module)
-        if self._masks:
-            # The product of a negative weight and its mask is -0.0, a second zero to every coder.
-            apply_masks_(weights, {name: mask.to(weights[name].device) for name, mask in self._masks.items()})
+        # The strategy may have moved the weights to the CPU by now.
+        apply_masks_(self._weights, {name: mask.to(self._weights[name].device) for name, mask in self._masks.items()})
         if self._done < self.clock.count and self.must_be_done(trainer):
             timeline = self.clock.timeline
             raise ValueError(
@@ -249,8 +249,9 @@ class WeightPruning(CompressionCallback):
         self._hidden, self._early = dict(state_dict["hidden"]), dict(state_dict["early"])
         self._done, self._inputs = state_dict["decisions"], NetworkInputs(state_dict["inputs"])
 
-    def _weights(self, pl_module: L.LightningModule) -> dict[str, nn.Parameter]:
-        return self.target.select(find_network(pl_module, self.network), self.include, self.exclude)
+    def _select(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        # Pruning goes on with a layer that was frozen after it was pruned: in a resumed fit, or one that goes on.
+        return self.target.select(network, self.include, self.exclude, trainable=not self._masks)
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, *, gradients: bool = False) -> None:
         """Choose new masks if a decision is due."""
@@ -258,7 +259,7 @@ class WeightPruning(CompressionCallback):
         taken = self.clock.taken_by(time)
         if taken <= self._done or (self.score == "snip" and not gradients):
             return
-        weights = self._weights(pl_module)
+        weights = self._weights
         if self.score == "snip" and any(weight.grad is None for weight in weights.values()):
             return  # the optimizer of other weights steps first
         masks = self._choose(pl_module, weights, progress=self.clock.progress(time))
@@ -280,6 +281,11 @@ class WeightPruning(CompressionCallback):
                 find_network(pl_module, self.network), self.target, weights, self._inputs.example(pl_module.device)
             )
         if self.score in _ACCUMULATED:
+            if not self._scores:
+                raise ValueError(
+                    f"score {self.score!r} must see gradients before a decision, got none since the fit began or the"
+                    " last decision: start later than the fit does, or, in steps, decide less often"
+                )
             scores = {name: self._scores.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
         else:
             # What is hidden is zero where a weight is not, and the other way round.
@@ -292,7 +298,7 @@ class WeightPruning(CompressionCallback):
 
     @torch.no_grad()
     def _set_masks(self, trainer: L.Trainer, pl_module: L.LightningModule, masks: dict[str, Tensor]) -> None:
-        weights = self._weights(pl_module)
+        weights = self._weights
         if isinstance(self.regrowth, Splicing):
             for name, weight in weights.items():
                 hidden = self._hidden.setdefault(name, torch.zeros_like(weight))
@@ -312,7 +318,7 @@ class WeightPruning(CompressionCallback):
         if not fraction:
             return
         masks = dict(self._masks)
-        for name, weight in stepped(self._weights(pl_module), optimizer).items():
+        for name, weight in stepped(self._weights, optimizer).items():
             assert weight.grad is not None
             masks[name] = exchanged_mask(weight, weight.grad, self._masks[name], fraction=fraction)
             fresh = masks[name] & ~self._masks[name]

@@ -168,8 +168,7 @@ class WeightSharing(CompressionCallback):
                 kept.update(state_tensors("WeightSharing", kept, self._weights))
         self._scales = {name: scales.to(self._weights[name].device) for name, scales in self._scales.items()}
         self._keep_shared()
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._after_step)
+        self.after_steps(trainer, self._after_step)
         if self.max_bytes is not None:
             self._inputs.watch(find_network(pl_module, self.network))
 

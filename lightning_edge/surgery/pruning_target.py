@@ -72,19 +72,25 @@ class Target:
         """The pattern, parsed."""
         return find_pattern(self.pattern)
 
-    def check(self, network: nn.Module, *, include: Sequence[str], exclude: Sequence[str]) -> None:
-        """Raise a ValueError unless the patterns of ``sparsity`` match, and every layer can keep its floor."""
-        self.counts({name: tuple(weight.shape) for name, weight in self.select(network, include, exclude).items()})
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError unless every layer of ``weights`` can keep its floor."""
+        self.counts({name: tuple(weight.shape) for name, weight in weights.items()})
 
-    def select(self, network: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    def select(
+        self, network: nn.Module, include: Sequence[str], exclude: Sequence[str], *, trainable: bool = True
+    ) -> dict[str, nn.Parameter]:
         """Return the weights that are to be pruned, by name.
 
+        Args:
+            network: The network; names are relative to it.
+            include: Globs; see :func:`~lightning_edge.surgery.selection.select_weights`.
+            exclude: Globs.
+            trainable: Refuse frozen layers.
+
         Raises:
-            ValueError: As :func:`~lightning_edge.surgery.selection.select_weights`; or if a name of ``sparsity``
-            matches
-                no layer of them.
+            ValueError: As ``select_weights``; or if a name of ``sparsity`` matches no layer of them.
         """
-        weights = select_weights(network, include=include, exclude=exclude)
+        weights = select_weights(network, include=include, exclude=exclude, trainable=trainable)
         if isinstance(self.sparsity, Mapping):
             layers = [_layer(name) for name in weights]
             for pattern in self.sparsity:

@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 WEIGHTED = (nn.Linear, _ConvNd)
 Layer = nn.Linear | _ConvNd
@@ -60,7 +61,11 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def select_weights(
-    network: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    network: nn.Module,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    trainable: bool = True,
 ) -> dict[str, nn.Parameter]:
     """Return the weights of the linear and convolution layers that the patterns choose, by name, in module order.
 
@@ -71,6 +76,7 @@ def select_weights(
         network: The network; names are relative to it.
         include: Layers that match any of these are taken.
         exclude: Layers that match any of these are left out, whatever ``include`` says.
+        trainable: Refuse frozen layers: they would be changed all the same.
 
     Returns:
         Qualified parameter name (``"conv1.weight"``) to parameter.
@@ -86,11 +92,11 @@ def select_weights(
     selected: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, layer in included.items():
-        weight = layer.weight
-        if name in excluded or id(weight) in seen:
+        if name in excluded:
             continue
-        _check_trainable(name, weight)
-        assert isinstance(weight, nn.Parameter)
+        weight = _checked(name, layer, trainable=trainable)
+        if id(weight) in seen:
+            continue
         seen.add(id(weight))
         selected[f"{name}.weight" if name else "weight"] = weight
     if not selected:
@@ -134,10 +140,20 @@ def _no_match(argument: str, pattern: str, layers: dict[str, Layer]) -> str:
     return f"{argument} must match a linear or convolution layer, got {pattern!r}, which matches none; {hint}"
 
 
-def _check_trainable(name: str, weight: Tensor) -> None:
+def _checked(name: str, layer: Layer, *, trainable: bool) -> nn.Parameter:
+    """Return the weight of a layer if it can be compressed."""
+    weight = layer.weight
+    if is_parametrized(layer, "weight") or not isinstance(weight, nn.Parameter):
+        raise ValueError(
+            f"layer {name!r} must hold its weight as a parameter, got one that is computed from others (weight_norm,"
+            " spectral_norm, torch.nn.utils.prune or a parametrization): take that off first"
+            " (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm,"
+            " torch.nn.utils.prune.remove), or add the layer to exclude"
+        )
     if isinstance(weight, UninitializedParameter):
         raise ValueError(
             f"layer {name!r} must be built before it is compressed: run one batch through the network first"
         )
-    if not weight.requires_grad:
+    if trainable and not weight.requires_grad:
         raise ValueError(f"layer {name!r} must be trainable, its weight is frozen: unfreeze it or add it to exclude")
+    return weight
