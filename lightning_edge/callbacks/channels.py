@@ -20,10 +20,10 @@ from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional.schedules import Schedule
 from lightning_edge.surgery.channel_plan import ChannelPlan, Target, check_patterns
 from lightning_edge.surgery.channel_scores import ChannelScore, score_units, unit_taylor
-from lightning_edge.surgery.channels import SlimReport, check_options, remove_, slim_channels_
+from lightning_edge.surgery.channels import SlimReport, check_options, remove_
 from lightning_edge.surgery.coupling import unit_masks, zero_units_
 from lightning_edge.surgery.selection import find_network
-from lightning_edge.surgery.widths import WIDTHS_KEY
+from lightning_edge.surgery.widths import WIDTHS_KEY, has_widths, load_widths_, read_widths
 
 
 class ChannelPruning(CompressionCallback):
@@ -32,8 +32,8 @@ class ChannelPruning(CompressionCallback):
     While they are zero the shapes stay: optimizers, DDP buckets and checkpoints notice nothing. At ``remove_epoch``, or
     at the end of the fit, they are removed physically; parameters stay the same objects, moments are cut alike, so
     training goes on. A checkpoint of the narrow network carries its sizes under ``"lightning_edge.widths"``: with this
-    callback in the trainer, ``fit`` and ``test`` with a ``ckpt_path`` rebuild the shapes first; without a trainer,
-    ``slim_channels_(network, manifest=checkpoint["lightning_edge.widths"])`` does.
+    callback in the trainer, ``fit`` and ``test`` with a ``ckpt_path`` rebuild the shapes first; without it, and for
+    ``load_from_checkpoint``, ``load_widths_(self.model, checkpoint)`` in the module's ``on_load_checkpoint`` does.
 
     Args:
         sparsity: Fraction of the removable channels that goes, in (0, 1).
@@ -335,8 +335,13 @@ class ChannelPruning(CompressionCallback):
 
 def _load_widths(callback: ChannelPruning, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Give the network the sizes of the checkpoint, then call the module's own hook."""
-    widths = checkpoint.get(WIDTHS_KEY)
-    if widths:
-        slim_channels_(find_network(pl_module, callback.network), manifest=widths)
-        callback._manifest = {name: dict(sizes) for name, sizes in widths.items()}
+    network, removed = find_network(pl_module, callback.network), callback._manifest
+    if WIDTHS_KEY not in checkpoint and removed and has_widths(network, removed):
+        raise ValueError(
+            "ckpt_path must be a checkpoint from after the removal of the channels, got one of the wide network: load"
+            f" it into a new {type(pl_module).__name__}, whose layers are as wide as they were"
+        )
+    load_widths_(network, checkpoint)
+    if WIDTHS_KEY in checkpoint:
+        callback._manifest = read_widths(checkpoint[WIDTHS_KEY])
     type(pl_module).on_load_checkpoint(pl_module, checkpoint)
