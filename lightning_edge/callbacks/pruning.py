@@ -16,7 +16,7 @@ from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional import scores as score_functions
 from lightning_edge.functional.regrowth import REGROWTHS, RigL, Splicing, exchanged_mask
 from lightning_edge.functional.schedules import Schedule
-from lightning_edge.surgery.pruning import Score, apply_masks_, check_score, synflow_masks, weight_scores
+from lightning_edge.surgery.pruning import Score, apply_masks_, check_score, score_masks, synflow_masks
 from lightning_edge.surgery.pruning_target import Scope, Sparsity, Target
 from lightning_edge.surgery.selection import find_network
 
@@ -53,7 +53,8 @@ class WeightPruning(CompressionCallback):
         rewind_step: After every decision, put all parameters and buffers back to their values at this optimizer step
             and clear the optimizers' states (Frankle et al. 2019, arXiv:1903.01611); None: go on from where they are.
             The learning rate is not rewound.
-        include: Layers to prune, globs over qualified names or class names; default: every linear and convolution.
+        include: Layers to prune, globs over qualified names or class names; default: every linear and convolution, and
+            the projections of attention.
         exclude: Layers to leave alone.
         seed: Of ``score="random"``; the same on every rank.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
@@ -160,7 +161,7 @@ class WeightPruning(CompressionCallback):
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise unless the patterns match and the schedule ends within the fit."""
-        self.target.check(self._select(network))
+        self.target.counts(network, self._select(network))
         self.clock.check_epochs(max_epochs)
 
     def check_steps(self, steps: float) -> None:
@@ -262,7 +263,7 @@ class WeightPruning(CompressionCallback):
         weights = self._weights
         if self.score == "snip" and any(weight.grad is None for weight in weights.values()):
             return  # the optimizer of other weights steps first
-        masks = self._choose(pl_module, weights, progress=self.clock.progress(time))
+        masks = self._choose(pl_module, progress=self.clock.progress(time))
         require_agreement(trainer, masks.values(), what="the pruning masks")
         self._done = taken
         if self.score == "taylor":
@@ -273,13 +274,10 @@ class WeightPruning(CompressionCallback):
             self._rewind(trainer, pl_module)
 
     @torch.no_grad()
-    def _choose(
-        self, pl_module: L.LightningModule, weights: Mapping[str, nn.Parameter], *, progress: float
-    ) -> dict[str, Tensor]:
+    def _choose(self, pl_module: L.LightningModule, *, progress: float) -> dict[str, Tensor]:
+        network, weights = find_network(pl_module, self.network), self._weights
         if self.score == "synflow":
-            return synflow_masks(
-                find_network(pl_module, self.network), self.target, weights, self._inputs.example(pl_module.device)
-            )
+            return synflow_masks(network, self.target, weights, self._inputs.example(pl_module.device))
         if self.score in _ACCUMULATED:
             if not self._scores:
                 raise ValueError(
@@ -287,14 +285,14 @@ class WeightPruning(CompressionCallback):
                     " last decision: start later than the fit does, or, in steps, decide less often"
                 )
             scores = {name: self._scores.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
-        else:
-            # What is hidden is zero where a weight is not, and the other way round.
-            seen = {name: weight + self._hidden[name] if self._hidden else weight for name, weight in weights.items()}
-            for name, weight in weights.items():
-                seen[name].grad = weight.grad
-            # One and the same draw for every decision: random masks grow, they do not wander.
-            scores = weight_scores(seen, self.score, generator=torch.Generator().manual_seed(self.seed))
-        return self.target.masks(scores, progress=progress)
+            return self.target.masks(network, scores, progress=progress)
+        # What is hidden is zero where a weight is not, and the other way round.
+        seen = {name: weight + self._hidden[name] if self._hidden else weight for name, weight in weights.items()}
+        for name, weight in weights.items():
+            seen[name].grad = weight.grad
+        # One and the same draw for every decision: random masks grow, they do not wander.
+        generator = torch.Generator().manual_seed(self.seed)
+        return score_masks(network, self.target, seen, self.score, progress=progress, generator=generator)
 
     @torch.no_grad()
     def _set_masks(self, trainer: L.Trainer, pl_module: L.LightningModule, masks: dict[str, Tensor]) -> None:
@@ -337,4 +335,4 @@ class WeightPruning(CompressionCallback):
 
     def _reached(self) -> float:
         size = sum(mask.numel() for mask in self._masks.values())
-        return 1.0 - sum(int(mask.sum()) for mask in self._masks.values()) / size if size else 0.0
+        return 1.0 - sum(int(mask.count_nonzero()) for mask in self._masks.values()) / size if size else 0.0
