@@ -253,12 +253,13 @@ def _output_positions(network: nn.Module, example_inputs: tuple[Any, ...]) -> di
             layer.register_forward_hook(attend)
         elif isinstance(layer, WEIGHTED):
 
-            def count(layer: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            def count(layer: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
                 transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-                counted = inputs[0] if transposed else output  # a transposed convolution works for every input
+                # A transposed convolution works for every input.
+                counted = (args[0] if args else kwargs["input"]) if transposed else output
                 positions[name] = positions.get(name, 0) + counted.numel() / rows / width(layer, output=not transposed)
 
-            layer.register_forward_hook(count)
+            layer.register_forward_hook(count, with_kwargs=True)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # else an encoder layer takes a path past its modules
         trial(*example_inputs)
     return positions
