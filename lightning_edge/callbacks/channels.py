@@ -23,6 +23,7 @@ from lightning_edge.surgery.channel_scores import ChannelScore, score_units, uni
 from lightning_edge.surgery.channels import SlimReport, check_options, remove_
 from lightning_edge.surgery.coupling import unit_masks, zero_units_
 from lightning_edge.surgery.selection import find_network
+from lightning_edge.surgery.slicing import check_states
 from lightning_edge.surgery.widths import WIDTHS_KEY, has_widths, load_widths_, read_widths
 
 
@@ -196,7 +197,9 @@ class ChannelPruning(CompressionCallback):
             self._projection.mask_gradients()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what is left."""
+        """Log what is left; refuse an optimizer whose states cannot be cut, before more is spent on training."""
+        if not self._manifest:
+            check_states(find_network(pl_module, self.network), trainer.optimizers)
         if self._plan is not None and self._kept and not self._manifest:
             kept = list(self._kept.values())
             dense = self._plan.macs([torch.ones(len(mask)) for mask in kept])

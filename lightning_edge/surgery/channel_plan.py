@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_edge.functional.channels import Cost, units_to_keep
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import ChannelGroup, Coupling, coupled_groups, flat_tensors
-from lightning_edge.surgery.selection import WEIGHTED
+from lightning_edge.surgery.selection import WEIGHTED, check_built
 from lightning_edge.surgery.slicing import channel_tensors, is_depthwise, weight_of, width
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -192,7 +192,8 @@ class ChannelPlan:
 
 
 def check_patterns(network: nn.Module, *, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Raise a ValueError unless every pattern matches a linear or convolution layer."""
+    """Raise a ValueError unless every pattern matches a linear or convolution layer, and every layer is built."""
+    check_built(network)
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, WEIGHTED)}
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in [patterns] if isinstance(patterns, str) else patterns:

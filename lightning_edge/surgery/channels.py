@@ -12,6 +12,7 @@ from lightning_edge.surgery.channel_plan import ChannelPlan, Target
 from lightning_edge.surgery.channel_scores import SCORES, ChannelScore, score_units
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import flat_tensors, remove_units_, zero_units_
+from lightning_edge.surgery.selection import check_built
 from lightning_edge.surgery.widths import Manifest, changed_widths, read_widths, rebuild_, widths_of
 
 _TOLERANCE = 1e-5
@@ -77,7 +78,7 @@ def slim_channels_(  # noqa: PLR0913 - every option once, by keyword
         include: Layers whose outputs may be cut, globs over names or class names.
         exclude: Layers whose outputs may not be cut.
         protect_ends: Leave the outputs of the first layer alone too.
-        optimizer: Whose momentum and moments are cut alike, so that training goes on.
+        optimizer: Whose momentum, moments and their rows and columns are cut alike, so that training goes on.
         generator: For ``score="random"``.
 
     Returns:
@@ -94,6 +95,7 @@ def slim_channels_(  # noqa: PLR0913 - every option once, by keyword
     if manifest is not None:
         if not sparsity == macs == parameters is None:
             raise ValueError("manifest must be given alone, got a target too: it already says every width")
+        check_built(module)
         counts = _parameter_count(module)
         rebuild_(module, manifest, optimizers=[optimizer] if optimizer else [])
         return SlimReport(read_widths(manifest), (0, 0), (counts, _parameter_count(module)))

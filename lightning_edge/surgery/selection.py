@@ -111,6 +111,12 @@ def select_weights(
     return selected
 
 
+def check_built(network: nn.Module) -> None:
+    """Raise a ValueError if a layer of the network is lazy and has not seen a batch yet."""
+    for name, layer in network.named_modules():
+        _check_built(name, layer)
+
+
 def select_layers(network: nn.Module, patterns: Sequence[str], *, argument: str) -> dict[str, Layer]:
     """Return the linear and convolution layers that any of the patterns matches, by name, in module order.
 
@@ -152,6 +158,13 @@ def _no_match(argument: str, pattern: str, layers: dict[str, nn.Module]) -> str:
     return f"{argument} must match a linear or convolution layer, got {pattern!r}, which matches none; {hint}"
 
 
+def _check_built(name: str, layer: nn.Module) -> None:
+    if any(isinstance(parameter, UninitializedParameter) for parameter in layer.parameters(recurse=False)):
+        raise ValueError(
+            f"layer {name!r} must be built before it is compressed: run one batch through the network first"
+        )
+
+
 def _checked(name: str, layer: nn.Module, key: str, *, trainable: bool) -> nn.Parameter:
     """Return a weight of a layer if it can be compressed."""
     weight = getattr(layer, key)
@@ -162,10 +175,7 @@ def _checked(name: str, layer: nn.Module, key: str, *, trainable: bool) -> nn.Pa
             " (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm,"
             " torch.nn.utils.prune.remove), or add the layer to exclude"
         )
-    if isinstance(weight, UninitializedParameter):
-        raise ValueError(
-            f"layer {name!r} must be built before it is compressed: run one batch through the network first"
-        )
+    _check_built(name, layer)
     if trainable and not weight.requires_grad:
         raise ValueError(f"layer {name!r} must be trainable, its weight is frozen: unfreeze it or add it to exclude")
     return weight

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_edge.surgery.heads import narrow_
+from lightning_edge.surgery.selection import check_built
 from lightning_edge.surgery.slicing import Side, cut_, is_depthwise, width
 
 _ATTRIBUTES = (
@@ -82,12 +83,13 @@ def load_widths_(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         checkpoint: Of Lightning; one without widths is of a wide network, which stays as it is.
 
     Raises:
-        ValueError: If the widths are of another network.
+        ValueError: If the widths are of another network, or a layer is not built yet.
 
     >>> layer = nn.Linear(3, 5)
     >>> load_widths_(layer, {"lightning_edge.widths": {"": {"out_features": 4}}}); layer.weight.shape
     torch.Size([4, 3])
     """
+    check_built(module)
     rebuild_(module, checkpoint.get(WIDTHS_KEY, {}))
 
 

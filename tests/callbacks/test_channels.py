@@ -274,3 +274,20 @@ def test_bad_arguments_fail_at_construction(options, message):
 def test_what_cannot_work_fails_before_training(fit, options, message):
     with pytest.raises(ValueError, match=message):
         fit(ChannelPruning(sparsity=0.5, **options))
+
+
+def test_an_optimizer_whose_states_cannot_be_cut_is_refused_after_the_first_epoch(fit, task_class):
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter] = {"rows": torch.ones(2)}
+            return super().step(closure)
+
+    class Task(task_class):
+        def configure_optimizers(self):
+            return Odd(self.parameters(), 0.05)
+
+    task = Task()
+    with pytest.raises(ValueError, match="got Odd with 'rows' of another shape"):
+        fit(ChannelPruning(sparsity=0.5, round_to=2), task=task)
+    assert task.current_epoch == 0
