@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_edge.callbacks.resume import ExactResume
@@ -102,8 +103,8 @@ class CompressionCallback(L.Callback):
             return
         assert trainer.max_epochs is not None
         steps = trainer.estimated_stepping_batches
-        self.check_steps(steps)
         self._steps_per_epoch = steps / max(trainer.max_epochs, 1)
+        self.check_steps(steps)
         if self is compressing(trainer)[-1]:
             check_order(compressing(trainer))  # schedules of steps know their epochs only now
 
@@ -139,9 +140,8 @@ class CompressionCallback(L.Callback):
     def networks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[nn.Module]:
         """Yield the network, then its copy in every ``WeightAveraging`` callback of the trainer."""
         yield find_network(pl_module, self.network)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                yield find_network(callback._average_model.module, self.network)
+        for average in averages_of(trainer):
+            yield find_network(average.module, self.network)
 
 
 def check_order(callbacks: Iterable[CompressionCallback]) -> None:
@@ -219,6 +219,12 @@ def stepped(weights: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[s
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     """Return all callbacks of a trainer, in their order; Lightning sets the attribute without declaring it."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def averages_of(trainer: L.Trainer) -> list[AveragedModel]:
+    """Return the averages that ``WeightAveraging`` callbacks of a trainer keep."""
+    averaging = [callback for callback in callbacks_of(trainer) if isinstance(callback, WeightAveraging)]
+    return [callback._average_model for callback in averaging if callback._average_model is not None]
 
 
 def compressing(trainer: L.Trainer) -> list[CompressionCallback]:

@@ -9,15 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, require_agreement, state_tensors, stepped
+from lightning_edge.callbacks.base import (
+    CompressionCallback,
+    averages_of,
+    require_agreement,
+    state_tensors,
+    stepped,
+)
 from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.projection import Projection
 from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional import scores as score_functions
-from lightning_edge.functional.regrowth import REGROWTHS, RigL, Splicing, exchanged_mask
+from lightning_edge.functional.regrowth import REGROWTHS, RigL, Splicing
 from lightning_edge.functional.schedules import Schedule
 from lightning_edge.surgery.pruning import Score, apply_masks_, check_score, score_masks, synflow_masks
 from lightning_edge.surgery.pruning_target import Scope, Sparsity, Target
+from lightning_edge.surgery.regrowth import exchange_, rewind_, splice_, state_to_rewind
 from lightning_edge.surgery.selection import find_network
 
 Regrowth = RigL | Splicing
@@ -50,9 +57,9 @@ class WeightPruning(CompressionCallback):
             ``"random"``; or a function from a weight to its importance. See ``prune_``.
         min_kept: Weights that every layer keeps at least, a number or a fraction.
         regrowth: ``RigL(...)`` or ``Splicing()`` of ``functional.regrowth``: lets pruned weights come back.
-        rewind_step: After every decision, put all parameters and buffers back to their values at this optimizer step
-            and clear the optimizers' states (Frankle et al. 2019, arXiv:1903.01611); None: go on from where they are.
-            The learning rate is not rewound.
+        rewind_step: After every decision, put all parameters and buffers back to their values at this optimizer step,
+            clear the optimizers' states and start averages anew (Frankle et al. 2019, arXiv:1903.01611); None: go on
+            from where they are. The learning rate is not rewound.
         include: Layers to prune, globs over qualified names or class names; default: every linear and convolution, and
             the projections of attention.
         exclude: Layers to leave alone.
@@ -165,10 +172,16 @@ class WeightPruning(CompressionCallback):
         self.clock.check_epochs(max_epochs)
 
     def check_steps(self, steps: float) -> None:
-        """Raise unless the schedule of steps ends within the fit."""
+        """Raise unless the schedule of steps ends within the fit, and there is something to rewind."""
         self.clock.check_steps(steps)
         if isinstance(self.regrowth, RigL) and self.regrowth.end_step > steps:
             raise ValueError(f"end_step of RigL must be at most {steps:g}, the steps of the fit, got {self.regrowth}")
+        last = self.clock.timeline.end * (1 if self.clock.in_steps else self._steps_per_epoch)
+        if self.rewind_step is not None and self.rewind_step >= last:
+            raise ValueError(
+                f"rewind_step must be below {last:g}, the optimizer step of the last decision, got {self.rewind_step}:"
+                " nothing would be rewound"
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the masks of a resumed run, and apply masks after every step of every optimizer."""
@@ -195,8 +208,7 @@ class WeightPruning(CompressionCallback):
     ) -> None:
         """Prune what a schedule of steps asks for; remember the weights to rewind to."""
         if self.rewind_step is not None and trainer.global_step >= self.rewind_step and not self._early:
-            network = find_network(pl_module, self.network)
-            self._early = {name: value.detach().clone() for name, value in network.state_dict().items()}
+            self._early = state_to_rewind(find_network(pl_module, self.network), self._hidden)
         if self.score == "synflow":
             self._inputs.take_from(pl_module, batch)
         if self.clock.in_steps or self.score == "synflow":
@@ -296,40 +308,29 @@ class WeightPruning(CompressionCallback):
 
     @torch.no_grad()
     def _set_masks(self, trainer: L.Trainer, pl_module: L.LightningModule, masks: dict[str, Tensor]) -> None:
-        weights = self._weights
         if isinstance(self.regrowth, Splicing):
-            for name, weight in weights.items():
-                hidden = self._hidden.setdefault(name, torch.zeros_like(weight))
-                whole = weight + hidden
-                weight.copy_(whole)
-                hidden.copy_(whole.masked_fill_(masks[name], 0.0))
+            splice_(self._weights, self._hidden, masks)
         self._masks = masks
-        self._projection.set_masks(weights, masks)
+        self._projection.set_masks(self._weights, masks)
         for network in self.networks(trainer, pl_module):
             apply_masks_(dict(network.named_parameters(remove_duplicate=False)), masks)
 
-    @torch.no_grad()
     def _exchange(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Drop the smallest connections of each layer and grow as many of large gradient; they start at zero."""
         assert isinstance(self.regrowth, RigL)
         fraction = self.regrowth.fraction_at(trainer.global_step)
-        if not fraction:
-            return
-        masks = dict(self._masks)
-        for name, weight in stepped(self._weights, optimizer).items():
-            assert weight.grad is not None
-            masks[name] = exchanged_mask(weight, weight.grad, self._masks[name], fraction=fraction)
-            fresh = masks[name] & ~self._masks[name]
-            for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value.masked_fill_(fresh, 0.0)  # gathered while the connection was not there
-        require_agreement(trainer, masks.values(), what="the pruning masks")
-        self._set_masks(trainer, pl_module, masks)
+        if fraction:
+            masks = exchange_(stepped(self._weights, optimizer), self._masks, optimizer, fraction=fraction)
+            require_agreement(trainer, masks.values(), what="the pruning masks")
+            self._set_masks(trainer, pl_module, masks)
 
     def _rewind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        network = find_network(pl_module, self.network)
-        network.load_state_dict(self._early)
-        apply_masks_(dict(network.named_parameters(remove_duplicate=False)), self._masks)
+        """Go back, and let everything that has gathered since start anew: moments, averages, hidden weights."""
+        for network in self.networks(trainer, pl_module):
+            rewind_(network, self._early, self._masks)
+        for name, hidden in self._hidden.items():
+            hidden.copy_(self._early[name].masked_fill(self._masks[name], 0.0))
+        for average in averages_of(trainer):
+            average.n_averaged.zero_()
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
 

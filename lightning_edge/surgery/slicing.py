@@ -144,7 +144,7 @@ def check_states(module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
                     raise ValueError(
                         "optimizer must hold states that can be cut with the weights, got"
                         f" {type(optimizer).__name__} with {key!r} of another shape than {name!r},"
-                        f" {tuple(parameter.shape)}: take another optimizer, or remove the channels before its first step"
+                        f" {tuple(parameter.shape)}: take another optimizer, or cut before its first step"
                     )
 
 
