@@ -172,12 +172,12 @@ class ChannelPruning(CompressionCallback):
         if self._kept:
             self._trace(pl_module)
             self._project(network)
-        self._inputs.watch(network)
+        self._inputs.watch(pl_module, network)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide, where the network's inputs are known by now; remove what is zero when it is time."""
         self._check_company(trainer)
-        if self._inputs and not self.clock.in_steps:
+        if self._inputs and not self.clock.in_steps and self._is_due(trainer):
             self._decide(trainer, pl_module)
         if self.remove_epoch is not None and trainer.current_epoch >= self.remove_epoch:
             self._remove(trainer, pl_module)
@@ -186,8 +186,9 @@ class ChannelPruning(CompressionCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide on a schedule of steps, and at the very first batch of a fit that nothing ran before."""
-        self._inputs.take_from(pl_module, batch)
-        self._decide(trainer, pl_module)
+        if self._is_due(trainer):
+            self._inputs.take_from(batch)
+            self._decide(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Add to the Taylor scores; leave zeroed units out of the norm that gradient clipping takes."""
@@ -240,12 +241,12 @@ class ChannelPruning(CompressionCallback):
         self._done, self._manifest = state_dict["decisions"], state_dict["manifest"]
         self._inputs = NetworkInputs(state_dict["inputs"])
 
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        return not self._manifest and self.clock.taken_by(self.clock.now(trainer)) > self._done
+
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose the units that stay from now on, if a decision is due."""
+        """Choose the units that stay from now on."""
         time = self.clock.now(trainer)
-        number = self.clock.taken_by(time)
-        if self._manifest or number <= self._done:
-            return
         network = find_network(pl_module, self.network)
         plan = self._plan or self._trace(pl_module)
         # One and the same draw for every decision: what is random grows, it does not wander.
@@ -256,7 +257,7 @@ class ChannelPruning(CompressionCallback):
         kept = plan.kept(self.target, scores, progress=progress, scope=self.scope, before=before)
         require_agreement(trainer, kept, what="the channels that stay")
         self._kept = {group.name: mask for group, mask in zip(plan.groups, kept, strict=True)}
-        self._scores, self._done = {}, number
+        self._scores, self._done = {}, self.clock.taken_by(time)
         for copy in self.networks(trainer, pl_module):
             zero_units_(copy, plan.groups, kept)
         self._project(network)

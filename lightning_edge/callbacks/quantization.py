@@ -83,7 +83,7 @@ class QuantizationAwareTraining(CompressionCallback):
         super().on_fit_start(trainer, pl_module)
         self._resume(pl_module)
         if self._captured is None:
-            self._inputs.watch(find_network(pl_module, self.network))
+            self._inputs.watch(pl_module, find_network(pl_module, self.network))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the observers back when a checkpoint is validated; in a fit, agree on the ranges first."""
@@ -103,7 +103,7 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         """Capture the network before the first batch of ``start_epoch``, and freeze the observers when it is time."""
         if self._captured is None and trainer.current_epoch >= self.start_epoch:
-            self._inputs.take_from(pl_module, batch)  # if nothing has run yet: from the first batch on, no sanity check
+            self._inputs.take_from(batch)  # if nothing has run yet: from the first batch on, no sanity check
             self._capture(pl_module)
         frozen = trainer.current_epoch >= self.fixes_at()
         if self._captured is not None and frozen and not self._captured.observers_frozen:
