@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_edge.surgery.pruning import prune_
     from lightning_edge.surgery.sensitivity import sensitivity
     from lightning_edge.surgery.sharing import share_weights_
+    from lightning_edge.surgery.widths import load_widths_
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "export",
     "load_artifact",
+    "load_widths_",
     "pack",
     "prune_",
     "quantize",
@@ -65,6 +67,7 @@ _HOMES = {
     "WeightPruning": "callbacks.pruning",
     "WeightSharing": "callbacks.sharing",
     "load_artifact": "artifact",
+    "load_widths_": "surgery.widths",
     "pack": "artifact",
     "prune_": "surgery.pruning",
     "quantize": "surgery.post_training",

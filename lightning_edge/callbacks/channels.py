@@ -20,10 +20,11 @@ from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional.schedules import Schedule
 from lightning_edge.surgery.channel_plan import ChannelPlan, Target, check_patterns
 from lightning_edge.surgery.channel_scores import ChannelScore, score_units, unit_taylor
-from lightning_edge.surgery.channels import SlimReport, check_options, remove_, slim_channels_
+from lightning_edge.surgery.channels import SlimReport, check_options, remove_
 from lightning_edge.surgery.coupling import unit_masks, zero_units_
 from lightning_edge.surgery.selection import find_network
-from lightning_edge.surgery.widths import WIDTHS_KEY
+from lightning_edge.surgery.slicing import check_states
+from lightning_edge.surgery.widths import WIDTHS_KEY, has_widths, load_widths_, read_widths
 
 
 class ChannelPruning(CompressionCallback):
@@ -32,8 +33,8 @@ class ChannelPruning(CompressionCallback):
     While they are zero the shapes stay: optimizers, DDP buckets and checkpoints notice nothing. At ``remove_epoch``, or
     at the end of the fit, they are removed physically; parameters stay the same objects, moments are cut alike, so
     training goes on. A checkpoint of the narrow network carries its sizes under ``"lightning_edge.widths"``: with this
-    callback in the trainer, ``fit`` and ``test`` with a ``ckpt_path`` rebuild the shapes first; without a trainer,
-    ``slim_channels_(network, manifest=checkpoint["lightning_edge.widths"])`` does.
+    callback in the trainer, ``fit`` and ``test`` with a ``ckpt_path`` rebuild the shapes first; without it, and for
+    ``load_from_checkpoint``, ``load_widths_(self.model, checkpoint)`` in the module's ``on_load_checkpoint`` does.
 
     Args:
         sparsity: Fraction of the removable channels that goes, in (0, 1).
@@ -156,6 +157,7 @@ class ChannelPruning(CompressionCallback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its own hook back."""
+        super().teardown(trainer, pl_module, stage)
         vars(pl_module).pop("on_load_checkpoint", None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -164,19 +166,18 @@ class ChannelPruning(CompressionCallback):
         vars(pl_module).pop("on_load_checkpoint", None)
         network = find_network(pl_module, self.network)
         self._projection = Projection()
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._projection)
+        self.after_steps(trainer, self._projection)
         if self._manifest:
             return
         if self._kept:
             self._trace(pl_module)
             self._project(network)
-        self._inputs.watch(network)
+        self._inputs.watch(pl_module, network)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide, where the network's inputs are known by now; remove what is zero when it is time."""
         self._check_company(trainer)
-        if self._inputs and not self.clock.in_steps:
+        if self._inputs and not self.clock.in_steps and self._is_due(trainer):
             self._decide(trainer, pl_module)
         if self.remove_epoch is not None and trainer.current_epoch >= self.remove_epoch:
             self._remove(trainer, pl_module)
@@ -185,8 +186,9 @@ class ChannelPruning(CompressionCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide on a schedule of steps, and at the very first batch of a fit that nothing ran before."""
-        self._inputs.take_from(pl_module, batch)
-        self._decide(trainer, pl_module)
+        if self._is_due(trainer):
+            self._inputs.take_from(batch)
+            self._decide(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Add to the Taylor scores; leave zeroed units out of the norm that gradient clipping takes."""
@@ -196,7 +198,9 @@ class ChannelPruning(CompressionCallback):
             self._projection.mask_gradients()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what is left."""
+        """Log what is left; refuse an optimizer whose states cannot be cut, before more is spent on training."""
+        if not self._manifest:
+            check_states(find_network(pl_module, self.network), trainer.optimizers)
         if self._plan is not None and self._kept and not self._manifest:
             kept = list(self._kept.values())
             dense = self._plan.macs([torch.ones(len(mask)) for mask in kept])
@@ -237,12 +241,12 @@ class ChannelPruning(CompressionCallback):
         self._done, self._manifest = state_dict["decisions"], state_dict["manifest"]
         self._inputs = NetworkInputs(state_dict["inputs"])
 
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        return not self._manifest and self.clock.taken_by(self.clock.now(trainer)) > self._done
+
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose the units that stay from now on, if a decision is due."""
+        """Choose the units that stay from now on."""
         time = self.clock.now(trainer)
-        number = self.clock.taken_by(time)
-        if self._manifest or number <= self._done:
-            return
         network = find_network(pl_module, self.network)
         plan = self._plan or self._trace(pl_module)
         # One and the same draw for every decision: what is random grows, it does not wander.
@@ -253,7 +257,7 @@ class ChannelPruning(CompressionCallback):
         kept = plan.kept(self.target, scores, progress=progress, scope=self.scope, before=before)
         require_agreement(trainer, kept, what="the channels that stay")
         self._kept = {group.name: mask for group, mask in zip(plan.groups, kept, strict=True)}
-        self._scores, self._done = {}, number
+        self._scores, self._done = {}, self.clock.taken_by(time)
         for copy in self.networks(trainer, pl_module):
             zero_units_(copy, plan.groups, kept)
         self._project(network)
@@ -335,8 +339,13 @@ class ChannelPruning(CompressionCallback):
 
 def _load_widths(callback: ChannelPruning, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Give the network the sizes of the checkpoint, then call the module's own hook."""
-    widths = checkpoint.get(WIDTHS_KEY)
-    if widths:
-        slim_channels_(find_network(pl_module, callback.network), manifest=widths)
-        callback._manifest = {name: dict(sizes) for name, sizes in widths.items()}
+    network, removed = find_network(pl_module, callback.network), callback._manifest
+    if WIDTHS_KEY not in checkpoint and removed and has_widths(network, removed):
+        raise ValueError(
+            "ckpt_path must be a checkpoint from after the removal of the channels, got one of the wide network: load"
+            f" it into a new {type(pl_module).__name__}, whose layers are as wide as they were"
+        )
+    load_widths_(network, checkpoint)
+    if WIDTHS_KEY in checkpoint:
+        callback._manifest = read_widths(checkpoint[WIDTHS_KEY])
     type(pl_module).on_load_checkpoint(pl_module, checkpoint)

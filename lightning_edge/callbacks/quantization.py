@@ -7,7 +7,6 @@ import lightning as L
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_edge.callbacks.base import CompressionCallback, require_agreement
 from lightning_edge.callbacks.inputs import NetworkInputs
@@ -100,7 +99,6 @@ class QuantizationAwareTraining(CompressionCallback):
         self._inputs = NetworkInputs()
         self._saved: dict[str, Any] = {}
         self._steps: LearnedSteps | None = None
-        self._hooks: list[RemovableHandle] = []
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise unless every milestone lies within the fit, and every pattern matches a layer."""
@@ -129,15 +127,9 @@ class QuantizationAwareTraining(CompressionCallback):
             release_(network)  # of an earlier fit
         self._resume(pl_module)
         if self._captured is None:
-            self._inputs.watch(network)
+            self._inputs.watch(pl_module, network)
         if self.learned_steps:
-            self._hooks = [o.register_step_post_hook(self._learn) for o in trainer.optimizers]
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the optimizers as they were."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+            self.after_steps(trainer, self._learn)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the observers back when a checkpoint is validated; in a fit, agree on the ranges first."""
@@ -158,7 +150,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """Capture the network before the first batch of ``start_epoch``, and keep to the milestones."""
         epoch = trainer.current_epoch
         if self._captured is None and epoch >= self.start_epoch:
-            self._inputs.take_from(pl_module, batch)  # if nothing has run yet: from the first batch on, no sanity check
+            self._inputs.take_from(batch)  # if nothing has run yet: from the first batch on, no sanity check
             self._capture(pl_module)
         if self._captured is None:
             return

@@ -12,6 +12,7 @@ from lightning_edge.surgery.channel_plan import ChannelPlan, Target
 from lightning_edge.surgery.channel_scores import SCORES, ChannelScore, score_units
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import flat_tensors, remove_units_, zero_units_
+from lightning_edge.surgery.selection import check_built
 from lightning_edge.surgery.widths import Manifest, changed_widths, read_widths, rebuild_, widths_of
 
 _TOLERANCE = 1e-5
@@ -39,12 +40,12 @@ class SlimReport:
 
 def slim_channels_(  # noqa: PLR0913 - every option once, by keyword
     module: nn.Module,
+    manifest: Mapping[str, Mapping[str, int]] | None = None,
     *,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     sparsity: float | None = None,
     macs: float | None = None,
     parameters: float | None = None,
-    manifest: Mapping[str, Mapping[str, int]] | None = None,
     score: str | ChannelScore = "l2",
     scope: Literal["global", "layer"] = "global",
     round_to: int = 8,
@@ -62,12 +63,12 @@ def slim_channels_(  # noqa: PLR0913 - every option once, by keyword
 
     Args:
         module: The network; changed in place.
+        manifest: Instead of a target: sizes that an earlier call reported (or a checkpoint carries); the plain network
+            gets these shapes, its weights are then loaded with ``load_state_dict``.
         example_inputs: What it is called with, a tensor or a tuple; two rows suffice. Not needed with ``manifest``.
         sparsity: Fraction of the removable channels that goes, in (0, 1).
         macs: Instead: fraction of the network's multiply-accumulates that may stay, in (0, 1).
         parameters: Instead: fraction of the network's parameters that may stay, in (0, 1).
-        manifest: Instead: sizes that an earlier call reported (or a checkpoint carries); the plain network gets these
-            shapes, its weights are then loaded with ``load_state_dict``.
         score: ``"l2"`` or ``"l1"`` norm of the weights of a unit in all its layers, ``"taylor"`` (squared sum of weight
             times gradient, Molchanov et al. 2019, arXiv:1906.10771; call ``backward`` first), ``"bn_scale"`` (the
             norm's |weight|, Liu et al. 2017, arXiv:1708.06519), ``"random"``, or a function from the network and a
@@ -77,7 +78,7 @@ def slim_channels_(  # noqa: PLR0913 - every option once, by keyword
         include: Layers whose outputs may be cut, globs over names or class names.
         exclude: Layers whose outputs may not be cut.
         protect_ends: Leave the outputs of the first layer alone too.
-        optimizer: Whose momentum and moments are cut alike, so that training goes on.
+        optimizer: Whose momentum, moments and their rows and columns are cut alike, so that training goes on.
         generator: For ``score="random"``.
 
     Returns:
@@ -94,6 +95,7 @@ def slim_channels_(  # noqa: PLR0913 - every option once, by keyword
     if manifest is not None:
         if not sparsity == macs == parameters is None:
             raise ValueError("manifest must be given alone, got a target too: it already says every width")
+        check_built(module)
         counts = _parameter_count(module)
         rebuild_(module, manifest, optimizers=[optimizer] if optimizer else [])
         return SlimReport(read_widths(manifest), (0, 0), (counts, _parameter_count(module)))
