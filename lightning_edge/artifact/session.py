@@ -3,13 +3,16 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_edge.artifact.format import MAX_BYTES
 from lightning_edge.artifact.reading import onnx_bytes
+from lightning_edge.functional.bytestream import EdgeFormatError
 
 Array = NDArray[Any]
 
@@ -53,7 +56,7 @@ class Session:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def load_artifact(path: str | Path, *, threads: int = 1) -> Session:
+def load_artifact(path: str | Path, *, threads: int = 1, max_bytes: int = MAX_BYTES) -> Session:
     """Load a ``.edge``, ``.onnx`` or ``.pte`` file into the runtime that runs it.
 
     A ``.edge`` file is expanded in memory and runs in onnxruntime: numpy, onnxruntime and zstandard suffice for it.
@@ -61,6 +64,8 @@ def load_artifact(path: str | Path, *, threads: int = 1) -> Session:
     Args:
         path: The file; the suffix says which runtime.
         threads: Threads of the runtime for one call. ExecuTorch has one pool in a process: the last load counts.
+        max_bytes: Most bytes that a ``.edge`` file may expand to, see
+            :func:`~lightning_edge.artifact.reading.open_file`; the runtime takes a few times as many.
 
     Raises:
         ValueError: If the suffix is unknown, ``threads`` is below 1, or the file is damaged (``EdgeFormatError``).
@@ -70,7 +75,11 @@ def load_artifact(path: str | Path, *, threads: int = 1) -> Session:
     path = Path(path)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    loaders = {".edge": _load_edge, ".onnx": _load_onnx, ".pte": _load_pte}
+    loaders: dict[str, Callable[[Path, int], Session]] = {
+        ".edge": partial(_load_edge, max_bytes=max_bytes),
+        ".onnx": _load_onnx,
+        ".pte": _load_pte,
+    }
     if path.suffix not in loaders:
         raise ValueError(f"path must end in one of {list(loaders)}, got {path.name!r}")
     if not path.is_file():
@@ -80,8 +89,12 @@ def load_artifact(path: str | Path, *, threads: int = 1) -> Session:
     return loaders[path.suffix](path, threads)
 
 
-def _load_edge(path: Path, threads: int) -> Session:
-    return _onnxruntime(onnx_bytes(path), path, threads)
+def _load_edge(path: Path, threads: int, *, max_bytes: int) -> Session:
+    model = onnx_bytes(path, max_bytes=max_bytes)
+    try:
+        return _onnxruntime(model, path, threads)
+    except ValueError as error:
+        raise EdgeFormatError(str(error), offset=0) from error
 
 
 def _load_onnx(path: Path, threads: int) -> Session:

@@ -112,6 +112,7 @@ class WeightSharing(CompressionCallback):
         if not self.at_epochs or self.at_epochs[0] < 0:
             raise ValueError(f"at_epochs must name at least one epoch >= 0, got {list(at_epochs)}")
         self.books = Codebooks(init, channel_scale, rate, group_channels, block)
+        self.books.check_clusters(self.clusters)
         check_training(self.at_epochs, self.books, gradient, importance, reassign_every, freeze_epoch)
         check_budget(max_bytes, self.books, reassign_every, freeze_epoch)
         self.gradient, self.importance = gradient, importance

@@ -165,9 +165,12 @@ def share_weights_(  # noqa: PLR0913 - every option once, by keyword
     (3, 3)
     """
     books = Codebooks(init, channel_scale, rate, group_channels, block)
-    selected = select_shared(module, resolve_clusters(clusters, bits), include=include, exclude=exclude)
+    counts = resolve_clusters(clusters, bits)
+    books.check_clusters(counts)
+    selected = select_shared(module, counts, include=include, exclude=exclude)
     weights: dict[str, Tensor] = {name: weight.detach() for name, (weight, _) in selected.items()}
     books.check(module, weights)
+    _check_finite(weights)
     heed = None if importance is None else checked_importance(weights, importance)
     price = prices(weights, rate, heed) if rate else {}
     layers, all_codes, all_scales = [], {}, {}
@@ -272,6 +275,14 @@ def reassign_shared_(
             price=price.get(name, 0.0),
             importance=_importance(hidden[name], heed, name, books.channel_scale),
         )
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if weight.numel() and not all(bool(bound.isfinite()) for bound in weight.aminmax()):
+            raise ValueError(
+                f"weights must be finite, got an infinite value or NaN in {name!r}: the network has diverged"
+            )
 
 
 def _importance(weight: Tensor, given: Mapping[str, Tensor] | None, name: str, channel_scale: bool) -> Tensor | None:

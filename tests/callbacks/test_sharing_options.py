@@ -325,6 +325,7 @@ def test_a_file_that_has_grown_above_the_budget_raises_at_the_end(fit, monkeypat
     [
         ({"rate": -0.1}, "rate must be a finite number >= 0"),
         ({"block": 5}, r"block must be one of \[1, 2, 4\]"),
+        ({"clusters": 300, "channel_scale": True}, "clusters must be at most 256 with channel_scale, got 300"),
         ({"channel_scale": True, "gradient": "sum"}, "gradient must be 'mean' with channel_scale, got 'sum'"),
         ({"importance": "fisher"}, r"importance must be one of \['none', 'gradients'\], got 'fisher'"),
         ({"importance": "gradients", "at_epochs": [0, 2]}, r"importance must be 'none' .* take at_epochs=\[1, 2\]"),
@@ -341,7 +342,7 @@ def test_a_file_that_has_grown_above_the_budget_raises_at_the_end(fit, monkeypat
 )
 def test_options_that_do_not_go_together_fail_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
-        WeightSharing(4, **{"at_epochs": [1], **arguments})
+        WeightSharing(**{"clusters": 4, "at_epochs": [1], **arguments})
 
 
 def test_what_does_not_fit_the_network_or_the_trainer_fails_at_setup(fit):
