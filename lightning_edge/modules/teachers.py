@@ -240,7 +240,7 @@ def _build(source: TeacherSource, student: nn.Module) -> nn.Module:
     if {id(parameter) for parameter in network.parameters()} & {id(parameter) for parameter in student.parameters()}:
         raise ValueError(
             f"teacher must have parameters of its own, got a {type(network).__name__} that has the student's:"
-            " freezing it would freeze the student; give copy.deepcopy(network), a checkpoint's path, or MovingAverage()"
+            " freezing it would freeze both; give copy.deepcopy(network), a checkpoint's path, or MovingAverage()"
         )
     return network.requires_grad_(False).eval()
 
