@@ -10,12 +10,11 @@ network's own outputs.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from results import markdown, write_section
+from runs import run_recipe
 from torch import nn
 
 from lightning_edge import export, load_artifact, share_weights_
@@ -60,24 +59,19 @@ def share_alone(rate: float, *, weights: Path, folder: Path) -> Path:
 def tune(rate: float, *, data: Path, weights: Path, folder: Path) -> Path:
     """Return the file of the network shared at this rate and fine-tuned from the command line; goes on where it was."""
     path = folder / f"tuned_{rate:g}"
-    if not (path / "report.json").exists():
-        new = [
-            "recipe=share_weights",
-            "model=resnet20",
-            "data=cifar10",
-            "data.validation_from=test",
-            f"data.path={data}",
-            f"baseline={weights}",
-            "distillation=self",
-            f"callbacks.sharing.rate={rate}",
-            f"trainer.max_epochs={EPOCHS}",
-            "trainer.precision=bf16-mixed",
-            "trainer.enable_progress_bar=false",
-            f"hydra.run.dir={path}",
-        ]
-        arguments = [f"resume={path}"] if (path / "last.ckpt").exists() else new
-        print(*arguments, flush=True)
-        subprocess.run([sys.executable, "-m", "lightning_edge", *arguments], check=True)
+    overrides = [
+        "recipe=share_weights",
+        "model=resnet20",
+        "data=cifar10",
+        "data.validation_from=test",
+        f"data.path={data}",
+        f"baseline={weights}",
+        "distillation=self",
+        f"callbacks.sharing.rate={rate}",
+        f"trainer.max_epochs={EPOCHS}",
+        "trainer.precision=bf16-mixed",
+    ]
+    run_recipe(path, overrides)
     return path / "model.edge"
 
 

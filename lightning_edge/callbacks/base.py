@@ -54,6 +54,10 @@ class CompressionCallback(L.Callback):
         """Return whether :meth:`decisions` is certain: of a schedule of steps it is when the fit has begun."""
         return True
 
+    def decides_in_steps(self) -> bool:
+        """Return whether the last decision falls inside of its epoch, after everything that falls at its start."""
+        return False
+
     def fixes_at(self) -> float:
         """Return the epoch from which the techniques that this one follows may not change the network any more."""
         return self.decisions()[0]
@@ -151,7 +155,7 @@ def check_order(callbacks: Iterable[CompressionCallback]) -> None:
       cluster, and come back with it.
     * Observers freeze after the last change of the network: they would keep the ranges of another network.
 
-    At one and the same epoch the order of the list decides.
+    At the start of one and the same epoch the order of the list decides; a schedule of steps ends after it.
 
     Raises:
         ValueError: With the legal order.
@@ -160,7 +164,8 @@ def check_order(callbacks: Iterable[CompressionCallback]) -> None:
     for place, callback in ordered:
         for other_place, other in ordered:
             end, begin = other.decisions()[1], callback.fixes_at()
-            if other.technique in callback.follows and (end, other_place) > (begin, place):
+            turn = math.inf if other.decides_in_steps() else other_place
+            if other.technique in callback.follows and (end, turn) > (begin, place):
                 raise ValueError(
                     f"{type(other).__name__} must end before {type(callback).__name__} fixes what it changes, got epoch"
                     f" {end} (place {other_place} in the list) and epoch {begin:g} (place {place}): legal is pruning,"

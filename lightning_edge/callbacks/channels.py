@@ -20,7 +20,7 @@ from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional.schedules import Schedule
 from lightning_edge.surgery.channel_plan import ChannelPlan, Target, check_patterns
 from lightning_edge.surgery.channel_scores import ChannelScore, score_units, unit_taylor
-from lightning_edge.surgery.channels import SlimReport, check_options, remove_
+from lightning_edge.surgery.channels import SlimReport, check_options, narrowed_layers, remove_
 from lightning_edge.surgery.coupling import unit_masks, zero_units_
 from lightning_edge.surgery.selection import find_network
 from lightning_edge.surgery.slicing import check_states
@@ -123,6 +123,10 @@ class ChannelPruning(CompressionCallback):
         """Return whether the epochs of the decisions are certain."""
         return not self.clock.in_steps or self._steps_per_epoch != math.inf
 
+    def decides_in_steps(self) -> bool:
+        """Return whether the last change comes at a step, not at the start of an epoch."""
+        return self.clock.in_steps and self.remove_epoch is None
+
     def reset(self) -> None:
         """Forget an earlier fit."""
         super().reset()
@@ -146,6 +150,13 @@ class ChannelPruning(CompressionCallback):
     def check_steps(self, steps: float) -> None:
         """Raise unless the schedule of steps ends within the fit."""
         self.clock.check_steps(steps)
+
+    def narrows(self, network: nn.Module, layers: Sequence[str], example_inputs: tuple[Tensor, ...]) -> list[str]:
+        """Return which of the layers may lose channels of their outputs while the fit goes on."""
+        if self.remove_epoch is None:
+            return []
+        plan = self._plan_of(network, example_inputs)
+        return narrowed_layers(network, plan, layers, example_inputs)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and rebuild the shapes of a checkpoint of a narrow network before it is loaded."""
@@ -281,16 +292,19 @@ class ChannelPruning(CompressionCallback):
             self._scores[group.name] = self._scores.get(group.name, torch.zeros(())) + squared
 
     def _trace(self, pl_module: L.LightningModule) -> ChannelPlan:
-        self._plan = ChannelPlan(
-            find_network(pl_module, self.network),
-            self._example(pl_module),
+        self._plan = self._plan_of(find_network(pl_module, self.network), self._example(pl_module))
+        rank_zero_info(f"channels left alone: {self._plan.protected}")
+        return self._plan
+
+    def _plan_of(self, network: nn.Module, example_inputs: tuple[Tensor, ...]) -> ChannelPlan:
+        return ChannelPlan(
+            network,
+            example_inputs,
             include=self.include,
             exclude=self.exclude,
             protect_ends=self.protect_ends,
             round_to=self.round_to,
         )
-        rank_zero_info(f"channels left alone: {self._plan.protected}")
-        return self._plan
 
     def _example(self, pl_module: L.LightningModule) -> tuple[Tensor, ...]:
         return self._inputs.example(pl_module.device, generator=torch.Generator().manual_seed(0))

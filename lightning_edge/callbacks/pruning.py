@@ -155,6 +155,10 @@ class WeightPruning(CompressionCallback):
         """Return whether the epochs of the decisions are certain."""
         return not self.clock.in_steps or self._steps_per_epoch != math.inf
 
+    def decides_in_steps(self) -> bool:
+        """Return whether the masks change at steps, not at the starts of epochs."""
+        return self.clock.in_steps or isinstance(self.regrowth, RigL)
+
     def reset(self) -> None:
         """Forget an earlier fit."""
         super().reset()

@@ -12,6 +12,7 @@ from lightning_edge.surgery.channel_plan import ChannelPlan, Target
 from lightning_edge.surgery.channel_scores import SCORES, ChannelScore, score_units
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import flat_tensors, remove_units_, zero_units_
+from lightning_edge.surgery.distillation import recorded
 from lightning_edge.surgery.selection import check_built
 from lightning_edge.surgery.widths import Manifest, changed_widths, read_widths, rebuild_, widths_of
 
@@ -144,6 +145,33 @@ def remove_(
     remove_units_(module, plan.groups, kept, optimizers=list(optimizers))
     manifest = changed_widths(before, widths_of(module))
     return SlimReport(manifest, macs, (parameters, _parameter_count(module)), plan.protected, difference)
+
+
+@torch.no_grad()
+def narrowed_layers(
+    module: nn.Module, plan: ChannelPlan, layers: Sequence[str], example_inputs: tuple[Any, ...]
+) -> list[str]:
+    """Return which of the layers would give outputs of other shapes if all that the plan may cut were cut.
+
+    Args:
+        module: The network of the plan; not changed.
+        plan: What may be cut.
+        layers: Qualified names; a layer that cuts nothing itself hands on what a narrow one gives it.
+        example_inputs: What the network is called with.
+
+    >>> network = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> plan = ChannelPlan(network, (torch.ones(2, 4),), protect_ends=False)
+    >>> narrowed_layers(network, plan, ["1", "2"], (torch.ones(2, 4),))
+    ['1']
+    """
+    slimmed = copied(module).eval()
+    remove_units_(slimmed, plan.groups, [torch.arange(group.units) == 0 for group in plan.groups])
+    shapes = []
+    for network in (copied(module).eval(), slimmed):
+        with recorded(network, layers) as calls, torch.random.fork_rng(devices=[]):
+            network(*example_inputs)
+        shapes.append({name: features.shape for name, features in calls[0].features.items()})
+    return [name for name in layers if shapes[0].get(name) != shapes[1].get(name)]
 
 
 def check_options(*, score: str | ChannelScore, scope: str, round_to: int) -> None:
