@@ -10,9 +10,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from lightning_edge.artifact import load_artifact, pack, unpack
     from lightning_edge.callbacks.channels import ChannelPruning
@@ -87,7 +88,7 @@ class _ExportPackage(ModuleType):
         module: "nn.Module",
         path: "str | Path",
         *,
-        example_inputs: "tuple[Tensor, ...]",
+        example_inputs: "tuple[Any, ...] | Mapping[str, Any]",
         round_small: bool = True,
         recipe_hash: str = "",
     ) -> "Path":

@@ -27,7 +27,15 @@ class InputInfo:
 
 
 class Session:
-    """A loaded file. Call it with one array per input, in order; it returns an array, or a tuple of several."""
+    """A loaded file. Call it with one array per input, in order or by name; it returns an array or a tuple of several.
+
+    Attributes:
+        path: The file.
+        runtime: Name and version of what runs it.
+        threads: Threads of the runtime for one call.
+        inputs: What it takes.
+        outputs: The names of what it returns, in order; of a network that returns a dict they are its keys.
+    """
 
     def __init__(
         self,
@@ -37,19 +45,23 @@ class Session:
         runtime: str,
         threads: int,
         inputs: Sequence[InputInfo],
+        outputs: Sequence[str],
     ) -> None:
         self._run = run
-        self.path, self.runtime, self.threads, self.inputs = path, runtime, threads, tuple(inputs)
+        self.path, self.runtime, self.threads = path, runtime, threads
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
 
-    def __call__(self, *arrays: Array) -> Array | tuple[Array, ...]:
+    def __call__(self, *arrays: Array, **named: Array) -> Array | tuple[Array, ...]:
         """Return the outputs for one array per input.
 
         Raises:
-            ValueError: If number, size or type of the arrays are not those of the inputs.
+            ValueError: If number, names, size or type of the arrays are not those of the inputs.
         """
-        if len(arrays) != len(self.inputs):
-            names = [item.name for item in self.inputs]
-            raise ValueError(f"{self.path.name} must get {len(names)} arrays, {names}, got {len(arrays)}")
+        names = [item.name for item in self.inputs]
+        if len(arrays) + len(named) != len(names) or set(named) != set(names[len(arrays) :]):
+            got = f"{len(arrays)} and {sorted(named)}" if named else str(len(arrays))
+            raise ValueError(f"{self.path.name} must get {len(names)} arrays, {names}, got {got}")
+        arrays = (*arrays, *(named[name] for name in names[len(arrays) :]))
         for item, array in zip(self.inputs, arrays, strict=True):
             _check(self.path, item, np.asarray(array))
         outputs = self._run([np.ascontiguousarray(array) for array in arrays])
@@ -123,7 +135,14 @@ def _onnxruntime(model: bytes | str, path: Path, threads: int) -> Session:
         outputs: Sequence[Array] = session.run(None, dict(zip(names, arrays, strict=True)))
         return outputs
 
-    return Session(run, path=path, runtime=f"onnxruntime {onnxruntime.__version__}", threads=threads, inputs=inputs)
+    return Session(
+        run,
+        path=path,
+        runtime=f"onnxruntime {onnxruntime.__version__}",
+        threads=threads,
+        inputs=inputs,
+        outputs=[item.name for item in session.get_outputs()],
+    )
 
 
 def _load_pte(path: Path, threads: int) -> Session:
@@ -140,24 +159,50 @@ def _load_pte(path: Path, threads: int) -> Session:
     from importlib.metadata import version
 
     _unsafe_reset_threadpool(threads)
-    method = Runtime.get().load_program(path).load_method("forward")
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
     metadata = method.metadata
-    rows = metadata.input_tensor_meta(0).sizes()[0]
-    inputs = []
-    for index in range(metadata.num_inputs()):
-        item = metadata.input_tensor_meta(index)
-        # A program plans its memory for the largest batch that it was made for; larger ones run in several calls.
-        inputs.append(InputInfo(f"input{index}", (None, *item.sizes()[1:]), _TORCH_CODES.get(item.dtype(), "float32")))
+    tensors = [metadata.input_tensor_meta(index) for index in range(metadata.num_inputs())]
+    names = _names(program, "input_names") or [f"input{index}" for index in range(len(tensors))]
+    batched = _names(program, "batched_inputs") or names
+    # A program plans its memory for the largest batch that it was made for; larger ones run in several calls.
+    inputs = [
+        InputInfo(
+            name,
+            (None, *item.sizes()[1:]) if name in batched else tuple(item.sizes()),
+            _TORCH_CODES.get(item.dtype(), "float32"),
+        )
+        for name, item in zip(names, tensors, strict=True)
+    ]
+    rows = next((item.sizes()[0] for name, item in zip(names, tensors, strict=True) if name in batched), 1)
 
     def run(arrays: Sequence[Array]) -> Sequence[Array]:
         parts = []
-        for start in range(0, max(1, len(arrays[0])), rows):
-            tensors = [torch.from_numpy(np.ascontiguousarray(array[start : start + rows])) for array in arrays]
+        whole = [info.shape[:1] != (None,) for info in inputs]
+        count = next((len(array) for array, fixed in zip(arrays, whole, strict=True) if not fixed), rows)
+        for start in range(0, max(1, count), rows):
+            part = [array if fixed else array[start : start + rows] for array, fixed in zip(arrays, whole, strict=True)]
+            values = [torch.from_numpy(np.ascontiguousarray(array)) for array in part]
             # A copy: the next call writes its outputs to the same memory.
-            parts.append([output.numpy().copy() for output in method.execute(tensors)])
-        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+            parts.append([output.numpy().copy() for output in method.execute(values)])
+        return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
-    return Session(run, path=path, runtime=f"ExecuTorch {version('executorch')}", threads=threads, inputs=inputs)
+    return Session(
+        run,
+        path=path,
+        runtime=f"ExecuTorch {version('executorch')}",
+        threads=threads,
+        inputs=inputs,
+        outputs=_names(program, "output_names") or [f"output{index}" for index in range(metadata.num_outputs())],
+    )
+
+
+def _names(program: Any, method: str) -> list[str]:
+    """Return what a program says about its inputs and outputs; programs of other makers say nothing."""
+    if method not in program.method_names:
+        return []
+    (joined,) = program.load_method(method).execute(())
+    return [name for name in str(joined).split(",") if name]
 
 
 _TORCH_CODES = {

@@ -1,19 +1,22 @@
 """Quantize a network when its fit is over: the ranges of activations come from a few training batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_edge.callbacks.base import SHARDING, callbacks_of
 from lightning_edge.callbacks.export import ExportArtifacts
-from lightning_edge.callbacks.inputs import NetworkInputs
+from lightning_edge.callbacks.inputs import NetworkInputs, call_in_step
 from lightning_edge.callbacks.quantization import QuantizationAwareTraining
 from lightning_edge.surgery.bias_correction import correct_bias_
-from lightning_edge.surgery.calibration import BATCHES, calibrate_, calibration_inputs
+from lightning_edge.surgery.calibration import BATCHES, calibrate_
+from lightning_edge.surgery.calls import Arguments
 from lightning_edge.surgery.capture import keep_random_state
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.equalization import equalize_
@@ -39,6 +42,7 @@ class PostTrainingQuantization(L.Callback):
         correct_bias: Then shift biases until channels have the means of the float network; see
             ``surgery.bias_correction.correct_bias_``.
         seed: Of the data's order, whatever was drawn before.
+        progress: Show a progress bar while the trainer shows its own.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
 
     Raises:
@@ -58,13 +62,15 @@ class PostTrainingQuantization(L.Callback):
         equalize: bool = False,
         correct_bias: bool = False,
         seed: int = 0,
+        progress: bool = True,
         network: str | None = None,
     ) -> None:
         if batches is not None and batches < 1:
             raise ValueError(f"batches must be at least 1, or None for all, got {batches}")
         observer_factory(observer)
         self.batches, self.observer, self.keep = batches, observer, tuple(keep)
-        self.equalize, self.correct_bias, self.seed, self.network = equalize, correct_bias, seed, network
+        self.equalize, self.correct_bias, self.seed = equalize, correct_bias, seed
+        self.progress, self.network = progress, network
         self._captured: CapturedNetwork | None = None
         self._inputs = NetworkInputs()
         self._observers: dict[str, Tensor] | None = None
@@ -148,9 +154,10 @@ class PostTrainingQuantization(L.Callback):
         loader = trainer.fit_loop._data_source.dataloader()  # as the user gave it, not this rank's share
         with keep_random_state():
             torch.manual_seed(self.seed)
-            batches = list(calibration_inputs(loader, network, batches=self.batches))
+            shown = self.progress and trainer.progress_bar_callback is not None
+            batches = list(self._calls(pl_module, network, loader, progress=shown))
         self._inputs.remember(batches[0])
-        example = self._inputs.example(batches[0][0].device)
+        example = self._inputs.example(next(network.parameters()).device)
         if self.equalize:
             equalize_(network, example)
         plain = copied(network)
@@ -160,6 +167,15 @@ class PostTrainingQuantization(L.Callback):
             correct_bias_(network, plain, batches)
         weights = {name: value.cpu() for name, value in network.state_dict().items()}
         return {**self.state_dict(), "weights": weights}
+
+    def _calls(
+        self, pl_module: L.LightningModule, network: nn.Module, loader: Any, *, progress: bool
+    ) -> Iterator[Arguments]:
+        """Yield what ``training_step`` calls the network with."""
+        device = next(network.parameters()).device
+        for batch in track(islice(loader, self.batches), "calibration", total=self.batches, disable=not progress):
+            moved = pl_module._apply_batch_transfer_handler(batch, device=device)
+            yield call_in_step(pl_module, network, "training_step", moved)
 
     def _resume(self, pl_module: L.LightningModule) -> None:
         if self._observers is None or self._captured is not None:

@@ -183,7 +183,7 @@ class ChannelPruning(CompressionCallback):
         if self._kept:
             self._trace(pl_module)
             self._project(network)
-        self._inputs.watch(pl_module, network)
+        self._inputs.watch(network)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide, where the network's inputs are known by now; remove what is zero when it is time."""
@@ -198,7 +198,7 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         """Decide on a schedule of steps, and at the very first batch of a fit that nothing ran before."""
         if self._is_due(trainer):
-            self._inputs.take_from(batch)
+            self._inputs.take_from(pl_module, batch)
             self._decide(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

@@ -1,7 +1,9 @@
 """Write the files that ship, and run each before the fit is called a success."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,21 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_edge.artifact import load_artifact
+from lightning_edge.callbacks.inputs import call_in_step, labels_of
 from lightning_edge.export import export
-from lightning_edge.export.verification import ArtifactMismatchError, Verification, verify
+from lightning_edge.export.verification import ArtifactMismatchError, LabelledInputs, Verification, verify
+from lightning_edge.surgery.calls import Arguments
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.deadunits import DeadUnitsReport, remove_dead_units_
+from lightning_edge.surgery.quantization import CapturedNetwork, convert
 from lightning_edge.surgery.selection import find_network
 
 FORMATS = ("edge", "onnx", "pte")
+_INTEGER_AGREEMENT, _FLOAT_AGREEMENT = 0.999, 0.99
 
 
 class ExportArtifacts(L.Callback):
@@ -26,15 +33,20 @@ class ExportArtifacts(L.Callback):
 
     Units that pruning left without an input or without an output are removed first, from a copy of the network: weight
     pruning too ends in a smaller and faster file. On rank zero each file is written into a folder that holds it alone,
-    run there on the whole validation data, and compared with the trained module; only then is it moved to ``folder``. A
-    file that disagrees stays beside it as ``NAME.rejected.SUFFIX``, and every rank raises. A run that is resumed from
-    its finished checkpoint exports again, to the same bytes.
+    run there on the whole validation data, and compared with the trained network, of a quantized one with the integer
+    graph that it converts to; only then is it moved to ``folder``. The inputs are those that ``validation_step`` calls
+    the network with, by position, by name or nested. A file that disagrees, or cannot be loaded, stays beside it as
+    ``NAME.rejected.SUFFIX`` with a report, ``NAME.rejected.SUFFIX.json``, and every rank raises. A run that is resumed
+    from its finished checkpoint exports again, to the same bytes.
 
     Args:
         folder: Where ``NAME.SUFFIX`` of each format goes; made when missing.
         formats: ``"edge"`` (packed), ``"onnx"`` (onnxruntime), ``"pte"`` (ExecuTorch, needs the extra ``executorch``).
         name: Name of the files without suffix.
-        min_agreement: Smallest fraction of validation rows whose label must be that of the trained module, in [0, 1].
+        min_agreement: Smallest fraction of validation rows whose label must be that of the trained network, in [0, 1];
+            None for 0.999 of an integer network and 0.99 of any other.
+        tolerance: How much of the validation accuracy a file may lose against the trained network, a fraction; None for
+            any. The labels are those of ``(inputs, labels)``, or what a dict has as label(s), target(s) or y.
         remove_dead_units: Remove dead units before the export; see ``remove_dead_units_``.
         round_small: Round biases, norms and shared values to float16 in the packed file; see ``export``.
         recipe_hash: What the packed file says about the settings that made it.
@@ -42,7 +54,7 @@ class ExportArtifacts(L.Callback):
 
     Raises:
         ValueError: If a format is unknown; at ``setup``, if there is no validation data or ExecuTorch is missing.
-        ArtifactMismatchError: At the end of the fit, if a file disagrees with the trained module.
+        ArtifactMismatchError: At the end of the fit, if a file disagrees with the trained network.
 
     >>> ExportArtifacts("out", formats=["edge"]).formats
     ('edge',)
@@ -54,7 +66,8 @@ class ExportArtifacts(L.Callback):
         *,
         formats: Sequence[str] = ("edge", "onnx"),
         name: str = "model",
-        min_agreement: float = 0.99,
+        min_agreement: float | None = None,
+        tolerance: float | None = None,
         remove_dead_units: bool = True,
         round_small: bool = True,
         recipe_hash: str = "",
@@ -63,17 +76,19 @@ class ExportArtifacts(L.Callback):
         unknown = [suffix for suffix in formats if suffix not in FORMATS]
         if unknown or not formats or isinstance(formats, str):
             raise ValueError(f"formats must be a list of some of {list(FORMATS)}, got {formats!r}")
-        if not 0.0 <= min_agreement <= 1.0:
-            raise ValueError(f"min_agreement must lie in [0, 1], a fraction of the rows, got {min_agreement}")
+        for argument, value in (("min_agreement", min_agreement), ("tolerance", tolerance)):
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{argument} must lie in [0, 1], a fraction of the rows, got {value}")
         self.folder, self.formats, self.name = Path(folder), tuple(formats), name
-        self.min_agreement, self.recipe_hash, self.network = min_agreement, recipe_hash, network
+        self.min_agreement, self.tolerance = min_agreement, tolerance
+        self.recipe_hash, self.network = recipe_hash, network
         self.remove_dead_units, self.round_small = remove_dead_units, round_small
         self.dead_units: DeadUnitsReport | None = None
         """After the fit, on rank zero: which units were removed before the export."""
         self.exported: nn.Module | None = None
         """After the fit, on rank zero: the network that the files hold."""
         self.verifications: dict[str, Verification] = {}
-        """After the fit, on rank zero: how each format compared with the trained module."""
+        """After the fit, on rank zero: how each format compared with the trained network."""
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise a ValueError if a format needs what is not installed."""
@@ -113,15 +128,7 @@ class ExportArtifacts(L.Callback):
         was_training = network.training
         network.eval()
         try:
-            example = (next(self._inputs(trainer, pl_module)),)
-            try:
-                network(*example)
-            except TypeError as error:
-                raise ValueError(
-                    "network must take what a validation batch has first as its only input, for ExportArtifacts to"
-                    f" check the files on it, got: {error}; export it by lightning_edge.export(network, path,"
-                    " example_inputs=...)"
-                ) from error
+            example = next(self._batches(trainer, pl_module, network)).inputs
             self.folder.mkdir(parents=True, exist_ok=True)
             self.exported = self._alive(network, example)
             for suffix in self.formats:
@@ -129,20 +136,21 @@ class ExportArtifacts(L.Callback):
         finally:
             network.train(was_training)
 
-    def _alive(self, network: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
+    def _alive(self, network: nn.Module, example: Arguments) -> nn.Module:
         """Return a copy of the network without its dead units."""
         if not self.remove_dead_units:
             return network
+        if example.named or not all(isinstance(value, Tensor) for value in example):
+            rank_zero_info("dead units stay: they are looked for in networks that take tensors by position alone")
+            return network
         alive = copied(network)
         with torch.enable_grad():  # tracing needs it
-            self.dead_units = remove_dead_units_(alive, example_inputs=tuple(value[:2] for value in example))
+            self.dead_units = remove_dead_units_(alive, example_inputs=(*example.first(2),))
         if self.dead_units.count:
             rank_zero_info(f"dead units removed: {self.dead_units.count}, {dict(self.dead_units.removed)}")
         return alive
 
-    def _export_one(
-        self, suffix: str, trainer: L.Trainer, pl_module: L.LightningModule, example: tuple[Tensor, ...]
-    ) -> None:
+    def _export_one(self, suffix: str, trainer: L.Trainer, pl_module: L.LightningModule, example: Arguments) -> None:
         network = find_network(pl_module, self.network)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as alone:
             path = Path(alone) / f"{self.name}.{suffix}"
@@ -154,24 +162,40 @@ class ExportArtifacts(L.Callback):
                 round_small=self.round_small,
                 recipe_hash=self.recipe_hash,
             )
-            verification = verify(load_artifact(path), network, self._inputs(trainer, pl_module))
             try:
-                verification.check(path.name, min_agreement=self.min_agreement)
-            except ArtifactMismatchError:
-                path.replace(self.folder / f"{self.name}.rejected.{suffix}")
+                self.verifications[suffix] = self._verified(path, network, self._batches(trainer, pl_module, network))
+            except Exception as error:
+                self._reject(path, suffix, error)
                 raise
-            self.verifications[suffix] = verification
             target = path.replace(self.folder / path.name)
-        rank_zero_info(f"{target}: {target.stat().st_size:,} bytes, {verification}")
+        rank_zero_info(f"{target}: {target.stat().st_size:,} bytes, {self.verifications[suffix]}")
 
-    def _inputs(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Tensor]:
-        """Yield the inputs of the whole validation data: the loader as the user gave it, not this rank's share."""
+    def _verified(self, path: Path, network: nn.Module, batches: Iterator[LabelledInputs]) -> Verification:
+        captured = vars(network).get("forward")
+        is_integer = isinstance(captured, CapturedNetwork)
+        verification = verify(load_artifact(path), convert(network) if is_integer else network, batches)
+        least = self.min_agreement
+        if least is None:
+            least = _INTEGER_AGREEMENT if is_integer else _FLOAT_AGREEMENT
+        verification.check(path.name, min_agreement=least, tolerance=self.tolerance)
+        return verification
+
+    def _reject(self, path: Path, suffix: str, error: Exception) -> None:
+        """Keep the file aside, and beside it what is wrong with it."""
+        kept = path.replace(self.folder / f"{self.name}.rejected.{suffix}")
+        found = getattr(error, "verification", None)
+        report = {"reason": str(error), "size_bytes": kept.stat().st_size, **({} if found is None else asdict(found))}
+        kept.with_name(f"{kept.name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def _batches(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, network: nn.Module
+    ) -> Iterator[LabelledInputs]:
+        """Yield what the network is called with for the whole validation data, not this rank's share; and labels."""
         loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+        step = "validation_step" if is_overridden("validation_step", pl_module) else "training_step"
+        device = next(network.parameters()).device
         with torch.random.fork_rng(devices=[]):
-            for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            for index, loader in enumerate(loaders if isinstance(loaders, list | tuple) else [loaders]):
                 for batch in loader:
-                    yield (batch[0] if isinstance(batch, list | tuple) else batch).to(_device(pl_module))
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+                    moved = pl_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=index)
+                    yield LabelledInputs(call_in_step(pl_module, network, step, moved, loader=index), labels_of(moved))

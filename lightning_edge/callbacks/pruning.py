@@ -200,7 +200,7 @@ class WeightPruning(CompressionCallback):
         self._projection.set_masks(weights, self._masks)
         self.after_steps(trainer, self._projection)
         if self.score == "synflow":
-            self._inputs.watch(pl_module, network)
+            self._inputs.watch(network)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune what a schedule of epochs asks for."""
@@ -214,7 +214,7 @@ class WeightPruning(CompressionCallback):
         if self.rewind_step is not None and trainer.global_step >= self.rewind_step and not self._early:
             self._early = state_to_rewind(find_network(pl_module, self.network), self._hidden)
         if self.score == "synflow":
-            self._inputs.take_from(batch)
+            self._inputs.take_from(pl_module, batch)
         if self.clock.in_steps or self.score == "synflow":
             self._decide(trainer, pl_module)
 

@@ -127,7 +127,7 @@ class QuantizationAwareTraining(CompressionCallback):
             release_(network)  # of an earlier fit
         self._resume(pl_module)
         if self._captured is None:
-            self._inputs.watch(pl_module, network)
+            self._inputs.watch(network)
         if self.learned_steps:
             self.after_steps(trainer, self._learn)
 
@@ -150,7 +150,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """Capture the network before the first batch of ``start_epoch``, and keep to the milestones."""
         epoch = trainer.current_epoch
         if self._captured is None and epoch >= self.start_epoch:
-            self._inputs.take_from(batch)  # if nothing has run yet: from the first batch on, no sanity check
+            self._inputs.take_from(pl_module, batch)  # if nothing has run yet: from the first batch on, no sanity check
             self._capture(pl_module)
         if self._captured is None:
             return

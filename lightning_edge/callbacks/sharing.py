@@ -171,7 +171,7 @@ class WeightSharing(CompressionCallback):
         self._keep_shared()
         self.after_steps(trainer, self._after_step)
         if self.max_bytes is not None:
-            self._inputs.watch(pl_module, find_network(pl_module, self.network))
+            self._inputs.watch(find_network(pl_module, self.network))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Cluster the weights when it is time; freeze the codes when it is time."""
@@ -185,7 +185,7 @@ class WeightSharing(CompressionCallback):
     ) -> None:
         """Cluster now if the budget of bytes needs to know the inputs, and nothing has run before."""
         if self.max_bytes is not None:
-            self._inputs.take_from(batch)
+            self._inputs.take_from(pl_module, batch)
             self._cluster_if_due(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

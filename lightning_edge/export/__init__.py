@@ -1,11 +1,12 @@
 """Networks as files that a runtime opens: ONNX, ExecuTorch, and the packed ``.edge``."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 SUFFIXES = (".edge", ".onnx", ".pte")
 
@@ -16,7 +17,7 @@ def export(
     module: "nn.Module",
     path: str | Path,
     *,
-    example_inputs: "tuple[Tensor, ...]",
+    example_inputs: "tuple[Any, ...] | Mapping[str, Any]",
     round_small: bool = True,
     recipe_hash: str = "",
 ) -> Path:
@@ -31,7 +32,8 @@ def export(
         module: The network. It is exported in evaluation mode and left as it was.
         path: Ends in ``.onnx`` (onnxruntime, any batch size), ``.pte`` (ExecuTorch on XNNPACK, batches up to
             ``export.executorch.MAX_BATCH``), or ``.edge`` (the ONNX model, entropy-coded).
-        example_inputs: Positional inputs, batch first; they give types and sizes, their values do not matter.
+        example_inputs: A tuple of positional inputs, or a dict of them by name, batch first. They give types and sizes,
+            the values of tensors do not matter. The file takes their tensors one by one, also where they are nested.
         round_small: In a ``.edge`` file, round biases, norms and the values of shared weights to float16 precision,
             by at most one part in 2048: two bytes each instead of four. Other weights keep their bits.
         recipe_hash: Kept in a ``.edge`` file to say which settings made it.
@@ -63,7 +65,11 @@ def export(
 
 
 def _write(
-    module: "nn.Module", path: Path, example_inputs: "tuple[Tensor, ...]", round_small: bool, recipe_hash: str
+    module: "nn.Module",
+    path: Path,
+    example_inputs: "tuple[Any, ...] | Mapping[str, Any]",
+    round_small: bool,
+    recipe_hash: str,
 ) -> None:
     # Imported here, so that reading a file needs no torch and writing ONNX no ExecuTorch.
     from lightning_edge.surgery.post_training import check_exportable

@@ -3,18 +3,21 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from lightning_edge.export.signature import flatten_
+from lightning_edge.surgery.calls import as_arguments, two_rows
 from lightning_edge.surgery.capture import keep_random_state
 from lightning_edge.surgery.quantization import deployed
 
 MAX_BATCH = 64
 
 
-def to_executorch(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> bytes:
+def to_executorch(module: nn.Module, example_inputs: Any) -> bytes:
     """Return the network in evaluation mode as an ExecuTorch program (``.pte``), lowered to XNNPACK.
 
     A captured network becomes its int8 network. A program plans its memory ahead, for a batch of any size from 1 to
@@ -23,22 +26,26 @@ def to_executorch(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> byte
 
     Args:
         module: The network, plain or captured by :func:`~lightning_edge.surgery.quantization.capture_`; not changed.
-        example_inputs: Positional inputs, batch first.
+        example_inputs: As :func:`~lightning_edge.export.onnx.to_onnx` takes them.
 
     Raises:
         ImportError: If ExecuTorch is not installed.
         ValueError: If the network cannot be traced, or its observers have seen no data.
     """
-    graph_module = deployed(module, example_inputs, split_norms=False)
+    inputs = two_rows(as_arguments(module, example_inputs)).first(MAX_BATCH)
+    graph_module = deployed(module, inputs, split_norms=False)
     _spell_out_strides(graph_module)
-    inputs = tuple(torch.cat([value, value]) if len(value) == 1 else value[:MAX_BATCH] for value in example_inputs)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    shapes = tuple({0: batch} if len(value) == len(inputs[0]) else None for value in inputs)
+    shapes = tuple({0: batch} if value.ndim and len(value) == inputs.rows else None for value in inputs.tensors)
+    names = dict(zip(("input_names", "output_names"), flatten_(graph_module, inputs), strict=True))
+    names["batched_inputs"] = tuple(name for name, sizes in zip(names["input_names"], shapes, strict=True) if sizes)
     with _quiet(), keep_random_state():
-        return _lower(graph_module, inputs, shapes)
+        return _lower(graph_module, tuple(inputs.tensors), shapes, names)
 
 
-def _lower(graph_module: GraphModule, inputs: tuple[Tensor, ...], shapes: tuple[object, ...]) -> bytes:
+def _lower(
+    graph_module: GraphModule, inputs: tuple[Tensor, ...], shapes: tuple[object, ...], names: dict[str, tuple[str, ...]]
+) -> bytes:
     try:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
@@ -49,8 +56,9 @@ def _lower(graph_module: GraphModule, inputs: tuple[Tensor, ...], shapes: tuple[
     # While tracing, torch asks which kernel it would take for a convolution: MKL-DNN's or NNPACK's, depending on
     # whether the batch is below 16. The answer becomes a limit: a program planned for 15 images at most.
     with torch.backends.nnpack.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+        constants = {name: ",".join(values) for name, values in names.items()}
         program = torch.export.export(graph_module, inputs, dynamic_shapes=shapes)
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
         return bytes(lowered.to_executorch().buffer)
 
 

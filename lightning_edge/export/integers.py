@@ -14,6 +14,7 @@ def use_integer_kernels_(model: onnx.ModelProto) -> None:
     * Biases of quantized layers become int32 with scale s_x * s_w per channel, zero point 0.
     * A mean over all positions becomes the global average pool that has an integer kernel.
     * Padding by zeros pads integers by their zero point.
+    * What is concatenated keeps its own scale: the kernel for integers takes one for each input.
     * A layer with float weights between quantized ones reads its input through plain arithmetic: onnxruntime would
       otherwise round its weights too, with one scale for all channels.
 
@@ -29,6 +30,8 @@ def use_integer_kernels_(model: onnx.ModelProto) -> None:
     for node in list(model.graph.node):
         if node.op_type == "Pad":
             _pad_integers(graph, node)
+        elif node.op_type == "Concat":
+            _join_integers(graph, node)
         elif node.op_type in ("Conv", "Gemm", "MatMul"):
             _read_in_float(graph, node)
     _sort_and_prune(model.graph)
@@ -98,6 +101,21 @@ def _pad_integers(graph: Graph, node: onnx.NodeProto) -> None:
     node.output[0] = readers[0].output[0]
     graph.producers[node.output[0]] = node
     graph.graph.node.remove(readers[0])
+
+
+def _join_integers(graph: Graph, node: onnx.NodeProto) -> None:
+    """Read values before they get the scale of the result, which the kernel gives them.
+
+    onnxruntime would merge two pairs in a row to one of a third scale, and so give other numbers.
+    """
+    for index, name in enumerate(node.input):
+        origin = name
+        for kind in ("DequantizeLinear", "QuantizeLinear"):
+            producer = graph.producers.get(origin)
+            origin = producer.input[0] if producer is not None and producer.op_type == kind else ""
+        source = graph.producers.get(origin)
+        if source is not None and source.op_type == "DequantizeLinear":
+            node.input[index] = origin
 
 
 def _read_in_float(graph: Graph, node: onnx.NodeProto) -> None:

@@ -4,19 +4,22 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx
 import torch
 from onnxscript import opset20
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_edge.export.integers import use_integer_kernels_
+from lightning_edge.export.signature import flatten_
 from lightning_edge.export.transposed import restore_transposed_
+from lightning_edge.surgery.calls import as_arguments, two_rows
 from lightning_edge.surgery.capture import keep_random_state
 from lightning_edge.surgery.quantization import deployed
 
 
-def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+def to_onnx(module: nn.Module, example_inputs: Any) -> onnx.ModelProto:
     """Return the network in evaluation mode as an ONNX model with a dynamic batch and every tensor inside.
 
     A captured network becomes its int8 network: weights stored as int8, activations uint8 (the same numbers as int8
@@ -26,7 +29,8 @@ def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx.Model
 
     Args:
         module: The network, plain or captured by :func:`~lightning_edge.surgery.quantization.capture_`; not changed.
-        example_inputs: Positional inputs, batch first.
+        example_inputs: A tuple of positional inputs or a dict of them by name, batch first. The file takes their
+            tensors one by one, under their names; outputs in a dict have the names of their keys.
 
     Raises:
         ValueError: If the network cannot be traced, or its observers have seen no data.
@@ -35,14 +39,17 @@ def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx.Model
     >>> sorted(tensor.name for tensor in model.graph.initializer)
     ['bias', 'weight']
     """
-    graph_module = deployed(module, example_inputs)
-    inputs = tuple(torch.cat([value, value]) if len(value) == 1 else value for value in example_inputs)
+    inputs = two_rows(as_arguments(module, example_inputs))
+    graph_module = deployed(module, inputs)
     batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} if len(value) == len(inputs[0]) else None for value in inputs)
+    shapes = tuple({0: batch} if value.ndim and len(value) == inputs.rows else None for value in inputs.tensors)
+    names = flatten_(graph_module, inputs)
     with _quiet(), keep_random_state():
         program = torch.onnx.export(
             graph_module,
-            inputs,
+            tuple(inputs.tensors),
+            input_names=names[0],
+            output_names=names[1],
             dynamo=True,
             external_data=False,
             dynamic_shapes=shapes,
@@ -66,13 +73,14 @@ def _integer_product(left: object, right: object) -> object:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what torch's exporter says about itself: its own deprecations, and that torchvision is not there."""
+    """Keep back what torch's exporter says about itself: deprecations, no torchvision, one batch for all inputs."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="# The axis name: batch will not be used", category=UserWarning)
             yield
     finally:
         logger.setLevel(level)

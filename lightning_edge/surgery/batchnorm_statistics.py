@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_edge.surgery.batchnorm import BATCH_NORM
 from lightning_edge.surgery.calibration import BATCHES, calibration_inputs
+from lightning_edge.surgery.calls import Arguments
 from lightning_edge.surgery.capture import training_flags
 from lightning_edge.surgery.captured import CapturedNetwork
 
@@ -62,15 +63,15 @@ def reestimate_batch_norms_(
     ]
     pooled = {name: _Pooled() for name in norms}
     rows = 0
-    example: tuple[Tensor, ...] = ()
+    example = Arguments()
     try:
         with training_flags(module, False), _batch_statistics(module, norms):
             for inputs in calibration_inputs(calibration, module, batches=batches, progress=progress):
-                module(*inputs)
-                example = tuple(value[:2] for value in inputs)
+                module(*inputs, **inputs.named)
+                example = inputs.first(2)
                 for name, norm in norms.items():
-                    pooled[name].add(len(inputs[0]), _mean(norm), _variance(norm))
-                rows += len(inputs[0])
+                    pooled[name].add(inputs.rows, _mean(norm), _variance(norm))
+                rows += inputs.rows
     finally:
         for name, norm in norms.items():
             statistics = pooled[name].result() if pooled[name].weight else before[name]

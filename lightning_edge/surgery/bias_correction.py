@@ -10,6 +10,7 @@ from torch.fx import Interpreter, Node
 
 from lightning_edge.surgery.batchnorm import CONVOLUTIONS, WEIGHTED, weight_of
 from lightning_edge.surgery.calibration import calibration_inputs
+from lightning_edge.surgery.calls import joined
 from lightning_edge.surgery.capture import training_flags
 from lightning_edge.surgery.captured import CapturedNetwork
 from lightning_edge.surgery.copying import copied
@@ -64,8 +65,7 @@ def correct_bias_(
             f"quantized must be a network of scheme 'int8_static', got a {type(quantized).__name__} that computes in"
             " float: the other schemes have no activations to correct"
         )
-    parts = list(calibration_inputs(calibration, quantized, batches=batches, progress=progress))
-    inputs = tuple(torch.cat(values) for values in zip(*parts, strict=True))
+    inputs = joined(list(calibration_inputs(calibration, quantized, batches=batches, progress=progress)))
     reference = copied(module)
     plain = capture_(reference, inputs)
     layers = _corrected_at(captured)
@@ -75,11 +75,11 @@ def correct_bias_(
         )
     with training_flags(reference, False), plain.in_float():
         expected = _Means(plain, layers)
-        expected.run(*inputs)
+        expected.run(*inputs, *inputs.named.values())
     with training_flags(quantized, False):
-        captured(*(value[:1] for value in inputs))  # follows the flags
+        captured(*inputs.first(1), **inputs.first(1).named)  # follows the flags
         correcting = _Means(captured, layers, expected=expected.means)
-        correcting.run(*inputs)
+        correcting.run(*inputs, *inputs.named.values())
     shifted = correcting.shifts
     return BiasCorrectionReport(shifted, tuple(name for name, _ in layers.values() if name not in shifted))
 

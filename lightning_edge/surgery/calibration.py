@@ -1,7 +1,7 @@
 """Batches from whatever holds data, and the ranges of a captured network's activations from them."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from lightning_edge.surgery.calls import BY_POSITION, Arguments, as_arguments
 from lightning_edge.surgery.capture import keep_random_state, training_flags
 from lightning_edge.surgery.captured import CapturedNetwork
 from lightning_edge.surgery.observers import RangeObserver, observer_factory
@@ -18,12 +19,12 @@ BATCHES = 16
 
 def calibration_inputs(
     calibration: Any, network: nn.Module, *, batches: int | None = BATCHES, progress: bool = False
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the network's positional inputs of each batch, on its device.
+) -> Iterator[Arguments]:
+    """Yield what the network is called with for each batch, on its device.
 
-    Of a batch that is a tuple or a list, as many elements are inputs as the ``forward`` has positional parameters
-    without a default: of ``(images, labels)`` the images, for a network of one input. A tuple in the first place,
-    ``((left, right), labels)``, is taken for the inputs.
+    A batch that is a dict holds the inputs by their names in ``forward``, and whatever else; without any of these
+    names it is itself the input. Of a tuple or a list, ``(images, labels)``, as many elements are inputs as ``forward``
+    has parameters without a default; a tuple in the first place, ``((left, right), labels)``, holds them all.
 
     Args:
         calibration: An iterable of batches, or a data module: what has a ``train_dataloader``, after ``setup("fit")``.
@@ -32,7 +33,8 @@ def calibration_inputs(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If there is no batch, or one holds no tensors, or values that are not finite.
+        ValueError: If there is no batch, or one holds no tensors, values that are not finite, or elements that may be
+            inputs or not: ``forward`` has parameters with defaults for them.
 
     >>> [inputs[0].shape for inputs in calibration_inputs([(torch.zeros(8, 4), torch.zeros(8))], nn.Linear(4, 2))]
     [torch.Size([8, 4])]
@@ -40,15 +42,14 @@ def calibration_inputs(
     if batches is not None and batches < 1:
         raise ValueError(f"batches must be at least 1, or None for all, got {batches}")
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
-    count = _input_count(network)
     index = -1
     shown = track(enumerate(islice(_loader(calibration), batches)), "calibration", total=batches, disable=not progress)
     for index, batch in shown:
-        inputs = _inputs(batch, count)
-        for value in inputs:
+        inputs = inputs_of(batch, network)
+        for value in inputs.tensors:
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"calibration must hold finite values, got NaN or infinity in batch {index}")
-        yield tuple(value.to(device) for value in inputs)
+        yield inputs.map(lambda value: value.to(device))
     if index < 0:
         raise ValueError("calibration must hold at least one batch, got none: is the iterator used up?")
 
@@ -56,7 +57,7 @@ def calibration_inputs(
 @torch.no_grad()
 def calibrate_(
     captured: CapturedNetwork,
-    inputs: Iterable[tuple[Tensor, ...]],
+    inputs: Iterable[tuple[Any, ...]],
     *,
     observer: str | Callable[[], RangeObserver] = "histogram",
 ) -> None:
@@ -65,7 +66,7 @@ def calibrate_(
     Args:
         captured: From :func:`~lightning_edge.surgery.quantization.capture_`; the ranges of weights are those that it
             set, batch norms do not move.
-        inputs: Positional inputs of each batch, as :func:`calibration_inputs` yields them.
+        inputs: What the network is called with for each batch, as :func:`calibration_inputs` yields it.
         observer: A name of :data:`~lightning_edge.surgery.observers.OBSERVERS`, or a callable that makes an observer.
 
     Raises:
@@ -82,7 +83,8 @@ def calibrate_(
 
     with training_flags(captured.network, False), captured.in_float(observe):
         for batch in inputs:
-            captured(*batch)
+            arguments = as_arguments(captured.network, batch, argument="inputs")
+            captured(*arguments, **arguments.named)
     for name, watching in seen.items():
         captured.set_range(name, *watching.range())
     captured.freeze_observers()
@@ -104,23 +106,26 @@ def _loader(calibration: Any) -> Iterator[Any]:
         yield from calibration
 
 
-def _input_count(network: nn.Module) -> int | None:
-    """How many positional inputs the network needs; None for as many as there are."""
+def inputs_of(batch: Any, network: nn.Module) -> Arguments:
+    """Return the inputs of a batch, as :func:`calibration_inputs` says."""
     parameters = list(inspect.signature(type(network).forward).parameters.values())[1:]
-    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
-        return None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(item.kind in positional and item.default is inspect.Parameter.empty for item in parameters)
-
-
-def _inputs(batch: Any, count: int | None) -> tuple[Tensor, ...]:
-    values = batch if isinstance(batch, list | tuple) else (batch,)
+    names = [item.name for item in parameters]
+    if isinstance(batch, Mapping):
+        takes_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters)
+        named = {name: value for name, value in batch.items() if takes_any or name in names}
+        return as_arguments(network, named or (batch,), argument="a batch of calibration")
+    values = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
     if values and isinstance(values[0], list | tuple):
-        values = values[0]
-    inputs = tuple(values[:count])
-    if not inputs or len(inputs) < (count or 1) or not all(isinstance(value, Tensor) for value in inputs):
-        raise ValueError(
-            f"a batch of calibration must be a tensor, or a tuple that starts with the network's {count or 1} input"
-            f" tensors, got {type(batch).__name__} of {[type(value).__name__ for value in values][:4]}"
-        )
-    return inputs
+        values = tuple(values[0])
+    elif not any(item.kind is inspect.Parameter.VAR_POSITIONAL for item in parameters):
+        positional = [item for item in parameters if item.kind in BY_POSITION]
+        needed = max(1, sum(item.default is inspect.Parameter.empty for item in positional))
+        if needed < len(values) <= len(positional):
+            optional = [item.name for item in positional[needed : len(values)]]
+            raise ValueError(
+                f"a batch of calibration must say what {optional} are, got a tuple of {len(values)} for"
+                f" {type(network).__name__}, which may be inputs or targets: write (inputs, targets) with a tuple of"
+                " inputs, or a dict by name"
+            )
+        values = values[:needed]
+    return as_arguments(network, values, argument="a batch of calibration")

@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten
+
+from lightning_edge.surgery.calls import Arguments, as_arguments, two_rows
 
 GUARDS = "_guards_fn"  # torch.export's check of the input sizes
 _ADVICE = (
@@ -51,12 +54,13 @@ def training_flags(network: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...], *, training: bool) -> GraphModule:
+def export_graph(network: nn.Module, example_inputs: Any, *, training: bool) -> GraphModule:
     """Return the network as a graph of ATen operators with a dynamic batch dimension.
 
     Args:
         network: Left as it was: flags, tensors and random state.
-        example_inputs: Positional inputs, batch first; every input with the first one's batch size has a dynamic batch.
+        example_inputs: A tuple of positional inputs or a dict of them by name, batch first, nested as the network takes
+            them; every tensor with the first one's batch size has a dynamic batch, and what is no tensor is a constant.
         training: The mode that is traced.
 
     Returns:
@@ -68,19 +72,13 @@ def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...], *, trai
     >>> export_graph(nn.Linear(2, 3), (torch.zeros(4, 2),), training=False)(torch.zeros(7, 2)).shape
     torch.Size([7, 3])
     """
-    is_tuple = isinstance(example_inputs, tuple) and len(example_inputs) > 0
-    if not is_tuple or not all(isinstance(value, Tensor) and value.ndim for value in example_inputs):
-        raise ValueError(
-            f"example_inputs must be a tuple of tensors with a batch dimension, got {_kinds(example_inputs)}"
-        )
-    # Tracing takes a size of 1 for a constant, so that the graph would refuse every other batch. Copies, since a tensor
-    # that was made in inference mode cannot be traced.
-    inputs = tuple(torch.cat([value, value]) if len(value) == 1 else value.clone() for value in example_inputs)
+    inputs = two_rows(as_arguments(network, example_inputs))
     batch = torch.export.Dim("batch", min=1)
-    sizes = tuple({0: batch} if len(value) == len(inputs[0]) else None for value in inputs)
+    sizes = inputs.batched(lambda _: {0: batch})
     try:
         with training_flags(network, training):
-            graph = torch.export.export(network, inputs, dynamic_shapes=_bind(network, sizes)).module()
+            program = torch.export.export(network, (*inputs,), {**inputs.named}, dynamic_shapes=_bind(network, sizes))
+            graph = program.module()
     except Exception as error:
         cause = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(
@@ -91,7 +89,7 @@ def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...], *, trai
     return graph
 
 
-def capture(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple[GraphModule, tuple[ModeLiteral, ...]]:
+def capture(network: nn.Module, example_inputs: Any) -> tuple[GraphModule, tuple[ModeLiteral, ...]]:
     """Return the graph of the network in training mode, and what to change in it for evaluation.
 
     Both modes are traced and compared, operator by operator: a difference in a constant becomes a :class:`ModeLiteral`;
@@ -125,11 +123,6 @@ def set_literal(node: Node, argument: int | str, value: object) -> None:
         node.update_kwarg(argument, value)  # type: ignore[arg-type]
 
 
-def _kinds(values: object) -> str:
-    names = [type(value).__name__ for value in values] if isinstance(values, tuple | list) else "not a tuple"
-    return f"a {type(values).__name__}: {names}"
-
-
 def owner_of(node: Node) -> str:
     """Return the qualified name of the module that called this operator, ``""`` for the network itself."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -161,10 +154,13 @@ def _has_effect(node: Node) -> bool:
     )
 
 
-def _bind(network: nn.Module, sizes: tuple[dict[int, torch.export.Dim] | None, ...]) -> tuple[object, ...]:
-    parameters = inspect.signature(network.forward).parameters.values()
-    variadic = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
-    return (sizes,) if variadic else sizes
+def _bind(network: nn.Module, sizes: Arguments) -> dict[str, Any]:
+    signature = inspect.signature(network.forward)
+    bound = dict(signature.bind(*sizes, **sizes.named).arguments)
+    for name, parameter in signature.parameters.items():
+        if name in bound and parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            raise ValueError(f"it takes {sorted(bound[name])} by **{name}, which cannot be traced: give them names")
+    return bound
 
 
 def _check_shared(network: nn.Module, graph: GraphModule) -> None:

@@ -1,16 +1,18 @@
 """A network's forward, run with fake-quantized numbers through a graph beside it."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from lightning_edge.surgery.batchnorm import fold_, scale_and_shift_
+from lightning_edge.surgery.calls import arguments_of, as_arguments
 from lightning_edge.surgery.capture import ModeLiteral, copy_graph, set_literal, tensor_at, training_flags
 from lightning_edge.surgery.exact_scales import odd_multiples, odd_requantization
 from lightning_edge.surgery.fakequant import replace_fake_quantizers_, requantized
@@ -65,13 +67,12 @@ class CapturedNetwork:
 
         Under autocast training computes in few bits; evaluation does not: its numbers are those of the integer file.
         """
-        if kwargs:  # the graph knows its inputs by position
-            args = inspect.signature(type(self.network).forward).bind(self.network, *args, **kwargs).args[1:]
+        inputs = arguments_of(self.network, args, kwargs)
         self._follow()
         if self.network.training or self._device is None:
-            return self.graph_module(*args)
+            return self.graph_module(*inputs, **inputs.named)
         with torch.autocast(self._device.type, enabled=False):
-            return self.graph_module(*map(_single, args))
+            return self.graph_module(*tree_map(_single, tuple(inputs)), **tree_map(_single, dict(inputs.named)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CapturedNetwork":
         network = copy.deepcopy(self.network, memo)
@@ -126,7 +127,7 @@ class CapturedNetwork:
         return all(_has_range(quantizer) for quantizer in self.observers.values())
 
     @torch.no_grad()
-    def observe_weights(self, example_inputs: tuple[Tensor, ...]) -> None:
+    def observe_weights(self, example_inputs: Any) -> None:
         """Set the ranges of the weights from the weights as they are now; those of activations stay as they are.
 
         An evaluation before the first training step then has them too.
@@ -135,7 +136,8 @@ class CapturedNetwork:
             self._follow()
             for quantizer in self.observers.values():
                 quantizer.enable_observer(quantizer.is_per_channel)
-            self.graph_module(*(value.to(self._device) for value in example_inputs))
+            inputs = as_arguments(self.network, example_inputs).map(lambda value: value.to(self._device))
+            self.graph_module(*inputs, **inputs.named)
         self._flags = None
 
     @contextmanager

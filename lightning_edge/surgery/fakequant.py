@@ -17,6 +17,7 @@ _qd = torch.ops.quantized_decomposed
 _LARGEST_BIAS = 2**30
 _ACTIVATIONS = (_aten.relu.default, _aten.relu_.default, _aten.hardtanh.default, _aten.hardtanh_.default)
 _SUMS = (_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.mul_.Tensor)
+_JOINTS = (_aten.cat.default, _aten.concat.default, _aten.concatenate.default)
 _AVERAGES = (_aten.adaptive_avg_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim)
 _NAME = "fake_quantizer_"
 _DROPOUTS = (
@@ -161,6 +162,8 @@ def replace_fake_quantizers_(graph_module: GraphModule) -> None:
             _repeat_pair(node)
         elif node.target in WEIGHTED:
             _round_bias(graph_module, node)
+        elif node.target in _JOINTS:
+            _share_scale(node)
     for node in filter(_is_dequantized, list(graph.nodes)):
         _copy_for_each_reader(node)
     eliminate_dead_code_(graph_module)
@@ -183,6 +186,8 @@ def _quantized_values(
             yield from (*(_source(operand) for operand in node.args[:2]), _result(node))
         elif node.target in _AVERAGES:
             yield from (_source(node.args[0]), _result(node))
+        elif node.target in _JOINTS and _is_image(node):
+            yield node, False
 
 
 def _source(value: Node) -> tuple[Node, bool]:
@@ -310,6 +315,22 @@ def _repeat_pair(node: Node) -> None:
     with node.graph.inserting_after(integers):
         pair = node.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *limits))
     node.replace_all_uses_with(pair, delete_user_cb=lambda user: user is not integers)
+
+
+def _share_scale(joint: Node) -> None:
+    """Quantize what is concatenated once more, with the scale of the result: XNNPACK joins integers of one scale."""
+    reader = next(iter(joint.users))
+    if reader.target is not _qd.quantize_per_tensor.default:
+        return
+    limits = reader.args[1:]
+    for value in dict.fromkeys(joint.args[0]):  # type: ignore[arg-type]
+        assert isinstance(value, Node)
+        if _is_dequantized(value) and value.args[1:] == limits:
+            continue
+        with joint.graph.inserting_before(joint):
+            integers = joint.graph.call_function(_qd.quantize_per_tensor.default, (value, *limits))
+            pair = joint.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *limits))
+        joint.replace_input_with(value, pair)
 
 
 def _copy_for_each_reader(node: Node) -> None:

@@ -5,9 +5,10 @@ from itertools import chain
 from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_edge.surgery.calibration import BATCHES, calibrate_, calibration_inputs
+from lightning_edge.surgery.calls import Arguments
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.integer_linear import LinearScheme, integer_linear_
 from lightning_edge.surgery.observers import RangeObserver
@@ -58,8 +59,8 @@ def quantize(
 
     Args:
         module: The trained network; not changed.
-        calibration: Batches for ``"int8_static"``: an iterable of tensors, or of tuples that begin with the network's
-            inputs (a DataLoader), or a data module, whose training data is taken.
+        calibration: Batches for ``"int8_static"``: an iterable of tensors, of tuples that begin with the network's
+            inputs (a DataLoader), or of dicts with the inputs by name; or a data module, whose training data is taken.
         scheme: One of :data:`FILES`.
         target: ``"onnxruntime"`` or ``"xnnpack"`` (ExecuTorch): one calibration serves both, it is only checked.
         observer: How the range of an activation is chosen from the values seen: ``"minmax"``, ``"moving_average"``,
@@ -116,7 +117,7 @@ def check_exportable(module: nn.Module, suffix: str) -> str | None:
 
 def _capture_and_calibrate_(
     network: nn.Module,
-    inputs: Iterator[tuple[Tensor, ...]],
+    inputs: Iterator[Arguments],
     observer: str | Callable[[], RangeObserver],
     keep: Sequence[str],
 ) -> None:

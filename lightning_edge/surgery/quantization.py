@@ -1,6 +1,7 @@
 """A network that computes with fake-quantized numbers, and the int8 network that comes of it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ __all__ = ["CapturedNetwork", "capture_", "convert", "deployed", "release_"]
 
 def capture_(
     network: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Any,
     *,
     observers: Mapping[str, Tensor] | None = None,
     frozen: bool = False,
@@ -35,7 +36,8 @@ def capture_(
 
     Args:
         network: The plain network. Only its ``forward`` is replaced, on the instance; :func:`release_` puts it back.
-        example_inputs: Positional inputs, batch first; the batch size is free afterwards, other sizes are not.
+        example_inputs: A tuple of positional inputs or a dict of them by name, batch first; the batch size is free
+            afterwards, other sizes are not, and the network is called with as many of them.
         observers: A state of :meth:`CapturedNetwork.observer_state` to go on from.
         frozen: Whether these were frozen.
         keep: Globs over names of layers, or names of their classes, that stay in float. What their neighbours make or
@@ -119,14 +121,14 @@ def release_(network: nn.Module) -> None:
     del vars(network)["forward"]
 
 
-def deployed(network: nn.Module, example_inputs: tuple[Tensor, ...], *, split_norms: bool = True) -> GraphModule:
+def deployed(network: nn.Module, example_inputs: Any, *, split_norms: bool = True) -> GraphModule:
     """Return the graph that an exporter writes, in evaluation mode: of a captured network the int8 one, else the plain.
 
     The plain one's weights are the network's own, bit for bit.
 
     Args:
         network: Plain or captured; not changed.
-        example_inputs: Positional inputs, batch first.
+        example_inputs: As :func:`capture_` takes them.
         split_norms: Make each batch norm of a plain network a scale and a shift.
 
     Raises:

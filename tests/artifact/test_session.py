@@ -147,6 +147,17 @@ def test_inputs_of_any_layout_and_a_single_output_are_taken(tmp_path):
     assert np.array_equal(session(np.asfortranarray(x)), session(x))
 
 
+def test_arrays_may_be_given_by_name(tmp_path):
+    model, (x, choice) = branching()
+    session = load_artifact(pack(model, tmp_path / "net.edge").path)
+    assert session.outputs == ("y",)
+    expected = session(x, choice)
+    assert np.array_equal(session(choice=choice, x=x), expected)
+    assert np.array_equal(session(x, choice=choice), expected)
+    with pytest.raises(ValueError, match=r"must get 2 arrays, \['x', 'choice'\], got 1 and \['x'\]"):
+        session(choice, x=x)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

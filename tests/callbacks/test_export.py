@@ -1,12 +1,15 @@
+import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_edge import ExportArtifacts, QuantizationAwareTraining, WeightPruning, WeightSharing, load_artifact
 from lightning_edge.artifact import inspect
+from lightning_edge.callbacks import PostTrainingQuantization
 from lightning_edge.callbacks import export as module
 from lightning_edge.export.verification import ArtifactMismatchError
 
@@ -69,7 +72,37 @@ def test_a_file_that_disagrees_is_kept_aside_and_named(fit, tmp_path, monkeypatc
     monkeypatch.setattr(module, "load_artifact", lambda path: lambda images: -load(path)(images))
     with pytest.raises(ArtifactMismatchError, match=r"model\.onnx must compute what the trained network computes"):
         fit(ExportArtifacts(tmp_path / "out", formats=["onnx"]), epochs=1)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.rejected.onnx"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.rejected.onnx", "model.rejected.onnx.json"}
+    report = json.loads((tmp_path / "out" / "model.rejected.onnx.json").read_text())
+    assert report["rows"] == 64
+    assert report["agreeing"] < 64
+    assert "must compute what the trained network computes" in report["reason"]
+
+
+def test_a_file_that_cannot_be_loaded_is_kept_aside_too(fit, tmp_path, monkeypatch):
+    def refuses(path):
+        raise ValueError(f"onnxruntime must be able to load {path}")
+
+    monkeypatch.setattr(module, "load_artifact", refuses)
+    with pytest.raises(ValueError, match="onnxruntime must be able to load"):
+        fit(ExportArtifacts(tmp_path / "out", formats=["onnx"]), epochs=1)
+    assert "able to load" in json.loads((tmp_path / "out" / "model.rejected.onnx.json").read_text())["reason"]
+
+
+def test_a_drop_beyond_the_tolerance_is_refused_and_both_accuracies_are_kept(fit, tmp_path, monkeypatch):
+    load = module.load_artifact
+    monkeypatch.setattr(module, "load_artifact", lambda path: lambda images: np.roll(load(path)(images), 1, axis=1))
+    with pytest.raises(ArtifactMismatchError, match=r"at most 0\.5 of the labels more wrong than the trained network"):
+        fit(ExportArtifacts(tmp_path / "out", formats=["onnx"], min_agreement=0.0, tolerance=0.5))
+    report = json.loads((tmp_path / "out" / "model.rejected.onnx.json").read_text())
+    assert report["right_as_trained"] - report["right"] > 32
+
+
+def test_an_integer_file_is_compared_with_the_converted_graph(fit, tmp_path):
+    export = ExportArtifacts(tmp_path / "out", formats=["onnx"])
+    fit(QuantizationAwareTraining(1, freeze_observers_epoch=2), export)
+    assert export.verifications["onnx"].largest_difference == 0.0
+    assert export.verifications["onnx"].right == export.verifications["onnx"].right_as_trained > 32
 
 
 def test_a_run_resumed_from_its_finished_checkpoint_exports_the_same_bytes(fit, tmp_path):
@@ -111,6 +144,7 @@ def test_a_missing_executorch_is_said_before_any_training(fit, tmp_path, monkeyp
         ({"formats": []}, "formats must be a list of some of"),
         ({"formats": "onnx"}, "formats must be a list of some of"),
         ({"min_agreement": 99}, r"min_agreement must lie in \[0, 1\]"),
+        ({"tolerance": -0.1}, r"tolerance must lie in \[0, 1\], a fraction of the rows, got -0.1"),
     ],
 )
 def test_bad_arguments_fail_at_construction(arguments, message):
@@ -118,23 +152,56 @@ def test_bad_arguments_fail_at_construction(arguments, message):
         ExportArtifacts("out", **arguments)
 
 
-def test_a_network_of_two_inputs_is_refused_with_what_to_do(fit, tmp_path, task_class):
-    class Two(task_class):
+class Pair(nn.Module):
+    """Takes images in a dict, an optional mask, a flag by name alone; returns a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, batch, scale=None, mask=None, *, centred=False):
+        x = batch["image"].flatten(1) - 0.5 * centred
+        x = x if mask is None else x * mask
+        return {"logits": self.fc(x if scale is None else x * scale), "energy": x.square().mean(1)}
+
+
+def pair_task(task_class):
+    class Task(task_class):
         def __init__(self):
             super().__init__()
+            self.model = Pair()
 
-            class Sum(nn.Module):
-                def __init__(self):
-                    super().__init__()
-                    self.fc = nn.Linear(64, 10)
+        def forward(self, images):
+            mask = torch.linspace(0, 1, 64).expand(len(images), 64)
+            return self.model({"image": images, "unread": images}, mask=mask, centred=True)["logits"]
 
-                def forward(self, first, second):
-                    return self.fc(first.flatten(1) + second.flatten(1))
+    return Task()
 
-            self.model = Sum()
 
+@pytest.mark.parametrize("technique", [None, QuantizationAwareTraining, PostTrainingQuantization])
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_files_get_what_the_network_was_called_with_by_name_and_nested(fit, tmp_path, task_class, technique, sanity):
+    if technique is QuantizationAwareTraining:
+        callbacks = [QuantizationAwareTraining(0, freeze_observers_epoch=1)]
+    else:
+        callbacks = [] if technique is None else [technique()]
+    export = ExportArtifacts(tmp_path / "out", formats=["onnx"])
+    fit(*callbacks, export, task=pair_task(task_class), epochs=2, num_sanity_val_steps=sanity)
+    session = load_artifact(tmp_path / "out" / "model.onnx")
+    assert [item.name for item in session.inputs] == ["batch_image", "batch_unread", "mask"]
+    assert session.outputs == ("logits", "energy")
+    assert export.verifications["onnx"].agreement == 1.0
+    images, mask = np.random.default_rng(0).random((3, 1, 8, 8), np.float32), np.ones((3, 64), np.float32)
+    by_name = session(images, batch_unread=images, mask=mask)
+    assert all(np.array_equal(*both) for both in zip(by_name, session(images, images, mask), strict=True))
+
+
+def test_a_step_that_does_not_call_the_network_is_told_so(fit, tmp_path, task_class):
+    class Around(task_class):
         def forward(self, x):
-            return self.model(x, x)
+            for layer in self.model:
+                x = layer(x)
+            return x
 
-    with pytest.raises(ValueError, match="network must take what a validation batch has first as its only input"):
-        fit(ExportArtifacts(tmp_path / "out"), task=Two(), epochs=1)
+    with pytest.raises(ValueError, match="validation_step of Around must call the network, a Sequential, got no call"):
+        fit(ExportArtifacts(tmp_path / "out", formats=["onnx"]), task=Around(), epochs=1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 
-from lightning_edge import quantize
+from lightning_edge import load_artifact, quantize
 from lightning_edge.export import export
 from lightning_edge.export.onnx import to_onnx
 from lightning_edge.models.resnet import CifarResNet
@@ -263,3 +263,40 @@ def test_of_a_residual_network_nothing_but_the_first_and_the_last_value_is_float
     operators = optimized_operators(model, tmp_path)
     assert (operators.count("QuantizeLinear"), operators.count("DequantizeLinear")) == (1, 1)
     assert not {"Conv", "Gemm", "Add", "Relu", "GlobalAveragePool"} & set(operators)
+
+
+class Joined(nn.Module):
+    """Branches of different ranges and a reused value, concatenated twice in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.right, self.last = nn.Conv2d(8, 4, 1), nn.Conv2d(28, 6, 3)
+
+    def forward(self, images):
+        x = F.relu(self.stem(images))
+        inner = torch.cat([F.relu(self.left(x)), 3 * self.right(x)], 1)
+        return self.last(torch.cat([inner, F.max_pool2d(x, 3, 1, 1), x], 1))
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pte"])
+def test_concatenated_values_of_different_scales_stay_integers_and_the_numbers_are_those_of_the_graph(
+    images, tmp_path, suffix
+):
+    if suffix == "pte":
+        pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    quantized = quantize(Joined(), [images])
+    scales = {name: float(quantizer.scale[0]) for name, quantizer in quantized.forward.observers.items()}
+    assert scales["cat"] != scales["relu_1"]
+    path = export(quantized, tmp_path / f"model.{suffix}", example_inputs=(images,))
+    with torch.no_grad():
+        expected = convert(quantized)(images).numpy()
+    assert np.array_equal(load_artifact(path)(images.numpy()), expected)
+
+
+def test_onnxruntime_joins_integers(images, tmp_path):
+    torch.manual_seed(0)
+    operators = optimized_operators(to_onnx(quantize(Joined(), [images]), (images,)), tmp_path)
+    assert operators.count("QLinearConcat") == 2
+    assert not {"Conv", "FusedConv", "Concat", "MaxPool"} & set(operators)

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_edge.export.verification import ArtifactMismatchError, Verification, verify
+from lightning_edge.export.verification import ArtifactMismatchError, LabelledInputs, Verification, verify
+from lightning_edge.surgery.calls import Arguments
 
 
 def test_rows_agree_where_the_largest_value_is_at_the_same_place():
@@ -65,7 +66,42 @@ def test_the_least_agreement_itself_is_enough(agreeing, rows, least):
 
 
 def test_other_shapes_and_empty_data_are_errors():
-    with pytest.raises(ArtifactMismatchError, match=r"shapes \[\(2, 2\)\], like the network, got \[\(2, 1\)\]"):
+    with pytest.raises(ArtifactMismatchError, match=r"shapes {'0': \(2, 2\)}, like the network, got {'0': \(2, 1\)}"):
         verify(lambda x: x[:, :1], nn.Identity(), [torch.eye(2)])
     with pytest.raises(ValueError, match="at least one row"):
         verify(lambda x: x, nn.Identity(), [])
+
+
+def test_both_accuracies_are_counted_over_the_labels_of_the_data():
+    logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
+    batches = [LabelledInputs(Arguments((logits,)), labels)] * 2
+    result = verify(lambda x: x[[0, 0, 2, 3]], nn.Identity(), batches)
+    assert (result.agreeing, result.right, result.right_as_trained) == (6, 4, 6)
+    assert str(result) == "6/8 labels as trained, largest difference 1, 4/8 right, as trained 6/8"
+    result.check("model.onnx", min_agreement=0.0, tolerance=0.25)
+    with pytest.raises(ArtifactMismatchError, match=r"at most 0\.24 of the labels more wrong .*, got 4/8 .* 6/8"):
+        result.check("model.onnx", min_agreement=0.0, tolerance=0.24)
+
+
+def test_a_tolerance_needs_labels():
+    result = verify(lambda x: x, nn.Identity(), [torch.eye(2)])
+    assert result.right is None
+    with pytest.raises(ValueError, match=r"tolerance must be None where batches have no targets, got 0\.1"):
+        result.check("model.onnx", tolerance=0.1)
+
+
+def test_outputs_of_a_dict_are_compared_by_name():
+    class Named(nn.Module):
+        def forward(self, x):
+            return {"logits": x, "features": {"last": 2 * x}}
+
+    class Session:
+        outputs = ("features.last", "logits")
+
+        def __call__(self, x):
+            return 2 * x, x + 0.25
+
+    assert verify(Session(), Named(), [torch.eye(2)]).largest_difference == 0.25
+    Session.outputs = ("features", "logits")
+    with pytest.raises(ArtifactMismatchError, match=r"shapes {'logits'.*'features.last'.* got {'features'"):
+        verify(Session(), Named(), [torch.eye(2)])
