@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_edge.callbacks.base import CompressionCallback, require_agreement
-from lightning_edge.callbacks.inputs import NetworkInputs
+from lightning_edge.callbacks.inputs import NetworkInputs, training_calls
+from lightning_edge.surgery.calibration import calibrate_
 from lightning_edge.surgery.captured import WeightBits
 from lightning_edge.surgery.learned_steps import LearnedSteps
 from lightning_edge.surgery.quantization import CapturedNetwork, bits_of_weights, capture_, release_
@@ -37,6 +38,9 @@ class QuantizationAwareTraining(CompressionCallback):
         learned_steps: Let the sizes of all steps be learned (LSQ, Esser et al. 2020, arXiv:1902.08153), until observers
             freeze; best with few bits.
         keep: Globs over names of layers, or names of their classes, that stay in float.
+        calibration_batches: Training batches from which the first ranges are taken, as after training (the smallest
+            squared error); 0: from the first training batch on, as its averages.
+        seed: Of the order of these batches.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
 
     Raises:
@@ -60,8 +64,12 @@ class QuantizationAwareTraining(CompressionCallback):
         weight_bits: WeightBits = 8,
         learned_steps: bool = False,
         keep: Sequence[str] = (),
+        calibration_batches: int = 0,
+        seed: int = 0,
         network: str | None = None,
     ) -> None:
+        if calibration_batches < 0:
+            raise ValueError(f"calibration_batches must be >= 0, got {calibration_batches}")
         if start_epoch < 0:
             raise ValueError(f"start_epoch must be >= 0, got {start_epoch}")
         for name, epoch in (("quantize_epoch", quantize_epoch), ("freeze_batch_norm_epoch", freeze_batch_norm_epoch)):
@@ -77,6 +85,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.freeze_batch_norm_epoch = freeze_batch_norm_epoch
         self.weight_bits, self.learned_steps = weight_bits, learned_steps
         self.keep, self.network = tuple(keep), network
+        self.calibration_batches, self.seed = calibration_batches, seed
         self.reset()
 
     @property
@@ -152,6 +161,7 @@ class QuantizationAwareTraining(CompressionCallback):
         if self._captured is None and epoch >= self.start_epoch:
             self._inputs.take_from(pl_module, batch)  # if nothing has run yet: from the first batch on, no sanity check
             self._capture(pl_module)
+            self._calibrate(trainer, pl_module)
         if self._captured is None:
             return
         self._captured.rounding = epoch >= self.quantize_epoch
@@ -199,9 +209,8 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _capture(self, pl_module: L.LightningModule) -> None:
         network, saved = find_network(pl_module, self.network), self._saved
-        if isinstance(vars(network).get("forward"), CapturedNetwork):  # a second run of the same module
-            saved = saved or {"observers": vars(network)["forward"].observer_state()}
-            release_(network)
+        if isinstance(vars(network).get("forward"), CapturedNetwork):
+            release_(network)  # of an earlier run of the same module
         self._captured = capture_(
             network,
             self._inputs.example(pl_module.device),  # capturing reads shapes and types alone
@@ -217,6 +226,13 @@ class QuantizationAwareTraining(CompressionCallback):
             if saved.get("steps"):
                 self._steps.load_state_dict(saved["steps"])
         self._saved = {}
+
+    def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.calibration_batches:
+            assert self._captured is not None
+            network = find_network(pl_module, self.network)
+            calls = training_calls(trainer, pl_module, network, batches=self.calibration_batches, seed=self.seed)
+            calibrate_(self._captured, calls, freeze=False)
 
     def _learn(self, optimizer: Optimizer, *_: Any) -> None:
         """Step the steps after the weights, with the mean gradient of all ranks and the weights' schedule."""

@@ -201,6 +201,26 @@ def test_layers_to_keep_stay_in_float(fit):
         fit(QuantizationAwareTraining(1, keep=["head"]))
 
 
+def test_the_first_ranges_can_come_from_a_calibration(fit):
+    class First(Callback):
+        def __init__(self):
+            self.ranges = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.ranges.append(captured(pl_module).observer_state()["linear.max_val"].clone())
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.ranges.append(captured(pl_module).observer_state()["linear.max_val"].clone())
+
+    calibrated, plain = First(), First()
+    fit(QuantizationAwareTraining(0, calibration_batches=4), calibrated, epochs=1)
+    fit(QuantizationAwareTraining(0), plain, epochs=1, folder="plain")
+    assert torch.isinf(plain.ranges[0])
+    assert torch.isfinite(calibrated.ranges[0])
+    seen = plain.ranges[1]  # of the same first batch
+    torch.testing.assert_close(calibrated.ranges[1], torch.lerp(calibrated.ranges[0], seen, 0.01), rtol=0.1, atol=0.1)
+
+
 def test_a_second_fit_begins_with_the_plain_network_and_live_observers(fit):
     watch = Watch()
     task, _ = fit(QuantizationAwareTraining(0, freeze_observers_epoch=1), epochs=2)
@@ -221,6 +241,7 @@ def test_zeros_stay_zeros_in_four_bits(fit):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"calibration_batches": -1}, "calibration_batches must be >= 0, got -1"),
         ({"quantize_epoch": 1}, "quantize_epoch must be at least start_epoch=2, got 1"),
         ({"freeze_batch_norm_epoch": 1}, "freeze_batch_norm_epoch must be at least start_epoch=2, got 1"),
     ],
