@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from lightning_edge.surgery.channel_plan import ChannelPlan, Target
 from lightning_edge.surgery.channel_scores import SCORES, ChannelScore, score_units
 from lightning_edge.surgery.copying import copied
-from lightning_edge.surgery.coupling import flat_tensors, remove_units_, zero_units_
+from lightning_edge.surgery.coupling import remove_units_, zero_units_
+from lightning_edge.surgery.outputs import flat_tensors
 from lightning_edge.surgery.selection import check_built
 from lightning_edge.surgery.widths import Manifest, changed_widths, read_widths, rebuild_, widths_of
 
