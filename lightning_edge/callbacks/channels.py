@@ -7,15 +7,14 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, callbacks_of, compressing, is_trial, require_agreement
+from lightning_edge.callbacks.base import CompressionCallback, is_trial, require_agreement
 from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.projection import Projection
+from lightning_edge.callbacks.shapes import check_company, require_narrow, wrap_anew
 from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional.schedules import Schedule
 from lightning_edge.surgery.channel_plan import ChannelPlan, Target, check_patterns
@@ -24,7 +23,7 @@ from lightning_edge.surgery.channels import SlimReport, check_options, narrowed_
 from lightning_edge.surgery.coupling import unit_masks, zero_units_
 from lightning_edge.surgery.selection import find_network
 from lightning_edge.surgery.slicing import check_states
-from lightning_edge.surgery.widths import WIDTHS_KEY, has_widths, load_widths_, read_widths
+from lightning_edge.surgery.widths import WIDTHS_KEY, load_widths_, read_widths
 
 
 class ChannelPruning(CompressionCallback):
@@ -162,8 +161,8 @@ class ChannelPruning(CompressionCallback):
         """Refuse what cannot work, and rebuild the shapes of a checkpoint of a narrow network before it is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._check_company(trainer)
-        hook = partial(_load_widths, self, pl_module)
+            check_company(trainer, self, remove_epoch=self.remove_epoch)
+        hook = partial(self._load_widths, pl_module)
         pl_module.on_load_checkpoint = hook  # type: ignore[method-assign]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -187,7 +186,7 @@ class ChannelPruning(CompressionCallback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide, where the network's inputs are known by now; remove what is zero when it is time."""
-        self._check_company(trainer)
+        check_company(trainer, self, remove_epoch=self.remove_epoch)
         if self._inputs and not self.clock.in_steps and self._is_due(trainer):
             self._decide(trainer, pl_module)
         if self.remove_epoch is not None and trainer.current_epoch >= self.remove_epoch:
@@ -324,42 +323,15 @@ class ChannelPruning(CompressionCallback):
         self.report = remove_(network, plan, kept, self._example(pl_module), optimizers=trainer.optimizers)
         self._manifest = self.report.manifest
         self._projection.set_masks({}, {})
-        strategy = trainer.strategy
-        if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
-            strategy.model = strategy.lightning_module  # the buckets are those of the wide parameters
-            strategy.configure_ddp()
+        wrap_anew(trainer.strategy)
         before, after = self.report.macs
         rank_zero_info(f"channels removed: {before / 1e6:.2f} M multiply-accumulates became {after / 1e6:.2f} M")
 
-    def _check_company(self, trainer: L.Trainer) -> None:
-        """Refuse callbacks that would hold on to the wide shapes."""
-        for callback in callbacks_of(trainer):
-            if self.remove_epoch is not None and isinstance(callback, WeightAveraging):
-                raise ValueError(
-                    "remove_epoch must be None with WeightAveraging, whose average has the wide shapes, got"
-                    f" {self.remove_epoch}: the channels are then removed at the end of the fit"
-                )
-        for other in compressing(trainer):
-            if other is self or not other.knows_its_epochs():
-                continue
-            first = other.decisions()[0]
-            removed = math.inf if self.remove_epoch is None else self.remove_epoch
-            if first < removed and other.technique in ("pruning", "sharing", "quantization"):
-                raise ValueError(
-                    f"remove_epoch must be at most {first}, where {type(other).__name__} begins to hold on to the"
-                    f" shapes of the weights, got {self.remove_epoch}: remove the channels first"
-                )
-
-
-def _load_widths(callback: ChannelPruning, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Give the network the sizes of the checkpoint, then call the module's own hook."""
-    network, removed = find_network(pl_module, callback.network), callback._manifest
-    if WIDTHS_KEY not in checkpoint and removed and has_widths(network, removed):
-        raise ValueError(
-            "ckpt_path must be a checkpoint from after the removal of the channels, got one of the wide network: load"
-            f" it into a new {type(pl_module).__name__}, whose layers are as wide as they were"
-        )
-    load_widths_(network, checkpoint)
-    if WIDTHS_KEY in checkpoint:
-        callback._manifest = read_widths(checkpoint[WIDTHS_KEY])
-    type(pl_module).on_load_checkpoint(pl_module, checkpoint)
+    def _load_widths(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Give the network the sizes of the checkpoint, then call the module's own hook."""
+        network = find_network(pl_module, self.network)
+        require_narrow(checkpoint, network, self._manifest, owner=type(pl_module).__name__)
+        load_widths_(network, checkpoint)
+        if WIDTHS_KEY in checkpoint:
+            self._manifest = read_widths(checkpoint[WIDTHS_KEY])
+        type(pl_module).on_load_checkpoint(pl_module, checkpoint)

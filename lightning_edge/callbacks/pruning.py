@@ -48,8 +48,8 @@ class WeightPruning(CompressionCallback):
         end_step: Optimizer step at which the target is reached; the default is ``start_step``.
         every: Epochs or steps from one decision to the next.
         schedule: ``"cubic"`` (Zhu and Gupta 2017), ``"linear"``, ``"exponential"``, ``"cosine"``, ``"multi_step"``,
-            ``"ramp"``, ``"one_shot"``, an object of ``functional.schedules``, or a function from progress in [0, 1] to
-            the reached fraction of the target.
+            ``"ramp"``, ``"one_shot"``, an object of ``functional.schedules`` such as ``Cubic(initial=0.3)``, or a
+            function from progress in [0, 1] to the reached fraction of the target.
         scope: ``"global"``, ``"layer"`` or ``"erk"``; see ``prune_``.
         pattern: ``"unstructured"``, N:M such as ``"2:4"``, or blocks such as ``"1x4"``; see ``prune_``.
         score: ``"magnitude"``; ``"taylor"``, the sum of |w g| over the steps since the last decision; ``"movement"``,

@@ -11,7 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_edge.functional.channels import Cost, units_to_keep
 from lightning_edge.surgery.copying import copied
-from lightning_edge.surgery.coupling import ChannelGroup, Coupling, coupled_groups, flat_tensors
+from lightning_edge.surgery.coupling import ChannelGroup, Coupling, coupled_groups
+from lightning_edge.surgery.outputs import flat_tensors
 from lightning_edge.surgery.selection import WEIGHTED, check_built
 from lightning_edge.surgery.slicing import channel_tensors, is_depthwise, weight_of, width
 

@@ -12,8 +12,9 @@ from lightning_edge.surgery.calibration import calibration_inputs
 from lightning_edge.surgery.channel_plan import ChannelPlan, Target
 from lightning_edge.surgery.channel_scores import SCORES, ChannelScore, score_units
 from lightning_edge.surgery.copying import copied
-from lightning_edge.surgery.coupling import flat_tensors, remove_units_, zero_units_
+from lightning_edge.surgery.coupling import remove_units_, zero_units_
 from lightning_edge.surgery.distillation import recorded
+from lightning_edge.surgery.outputs import flat_tensors
 from lightning_edge.surgery.reconstruction import readers, reconstruct_
 from lightning_edge.surgery.selection import check_built
 from lightning_edge.surgery.widths import Manifest, changed_widths, read_widths, rebuild_, widths_of

@@ -13,11 +13,11 @@ from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import (
     ChannelGroup,
     coupled_groups,
-    flat_tensors,
     kept_sides,
     remove_units_,
     zero_units_,
 )
+from lightning_edge.surgery.outputs import flat_tensors
 from lightning_edge.surgery.quantization import CapturedNetwork, capture_, release_
 from lightning_edge.surgery.slicing import Side, is_depthwise, sum_per_channel, weight_of
 from lightning_edge.surgery.unit_flow import ConsumerView

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_edge.surgery.coupling import ChannelGroup, flat_tensors
+from lightning_edge.surgery.coupling import ChannelGroup
+from lightning_edge.surgery.outputs import flat_tensors
 from lightning_edge.surgery.selection import WEIGHTED
 from lightning_edge.surgery.slicing import is_depthwise
 

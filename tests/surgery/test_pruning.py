@@ -144,3 +144,30 @@ def test_magnitudes_are_found_without_a_copy_of_the_weights():
         prune_(layer, sparsity=0.9)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 1_000_000 <= largest < 2_000_000  # the mask has a byte a weight, a copy of the weights four
+
+
+class Heads(nn.Module):
+    """A network that returns a tuple and a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.left, self.right = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.left(x), {"right": self.right(x), "labels": x.argmax(1)}
+
+
+def test_synaptic_flow_counts_every_output():
+    torch.manual_seed(0)
+    model = Heads()
+    report = prune_(model, sparsity=0.5, score="synflow", example_inputs=torch.ones(1, 4))
+    assert report.zeros == 32
+    assert all(layer.zeros < layer.size for layer in report.layers)
+    with pytest.raises(ValueError, match="score 'synflow' must find a flow .* got no output with a gradient"):
+        prune_(nn.Sequential(model, Detached()), sparsity=0.5, score="synflow", example_inputs=torch.ones(1, 4))
+
+
+class Detached(nn.Module):
+    def forward(self, outputs):
+        return outputs[0].detach()
