@@ -37,6 +37,7 @@ class ExportArtifacts(L.Callback):
         min_agreement: Smallest fraction of validation rows whose label must be that of the trained module, in [0, 1].
         remove_dead_units: Remove dead units before the export; see ``remove_dead_units_``.
         round_small: Round biases, norms and shared values to float16 in the packed file; see ``export``.
+        adaptive: Adaptive contexts in the packed file: smaller, and slower to load; see ``export``.
         recipe_hash: What the packed file says about the settings that made it.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
 
@@ -57,6 +58,7 @@ class ExportArtifacts(L.Callback):
         min_agreement: float = 0.99,
         remove_dead_units: bool = True,
         round_small: bool = True,
+        adaptive: bool = True,
         recipe_hash: str = "",
         network: str | None = None,
     ) -> None:
@@ -67,7 +69,7 @@ class ExportArtifacts(L.Callback):
             raise ValueError(f"min_agreement must lie in [0, 1], a fraction of the rows, got {min_agreement}")
         self.folder, self.formats, self.name = Path(folder), tuple(formats), name
         self.min_agreement, self.recipe_hash, self.network = min_agreement, recipe_hash, network
-        self.remove_dead_units, self.round_small = remove_dead_units, round_small
+        self.remove_dead_units, self.round_small, self.adaptive = remove_dead_units, round_small, adaptive
         self.dead_units: DeadUnitsReport | None = None
         """After the fit, on rank zero: which units were removed before the export."""
         self.exported: nn.Module | None = None
@@ -152,6 +154,7 @@ class ExportArtifacts(L.Callback):
                 path,
                 example_inputs=example,
                 round_small=self.round_small,
+                adaptive=self.adaptive,
                 recipe_hash=self.recipe_hash,
             )
             verification = verify(load_artifact(path), network, self._inputs(trainer, pl_module))
