@@ -90,10 +90,16 @@ class _ExportPackage(ModuleType):
         *,
         example_inputs: "tuple[Any, ...] | Mapping[str, Any]",
         round_small: bool = True,
+        adaptive: bool = True,
         recipe_hash: str = "",
     ) -> "Path":
         written: Path = self.export(
-            module, path, example_inputs=example_inputs, round_small=round_small, recipe_hash=recipe_hash
+            module,
+            path,
+            example_inputs=example_inputs,
+            round_small=round_small,
+            adaptive=adaptive,
+            recipe_hash=recipe_hash,
         )
         return written
 

@@ -149,14 +149,23 @@ def unpack(path: str | Path, out: str | Path, *, max_bytes: int = MAX_BYTES) -> 
 
     Raises:
         ValueError: If the suffix is another one.
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file, or no folder for ``out``.
         EdgeFormatError: If it is damaged, or has no graph for ``.onnx``.
     """
     out = Path(out)
     writers: dict[str, Callable[..., bytes]] = {".onnx": onnx_bytes, ".safetensors": _safetensors_bytes}
     if out.suffix not in writers:
         raise ValueError(f"out must end in one of {list(writers)}, got {out.name!r}")
+    check_folder(out)
     return write_atomically(out, writers[out.suffix](path, max_bytes=max_bytes))
+
+
+def check_folder(path: Path) -> None:
+    """Raise a FileNotFoundError unless the folder of a file to be written exists."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"path must lie in a folder that exists, got {str(path)!r}: make {str(path.parent)!r} first"
+        )
 
 
 def write_atomically(path: Path, data: bytes) -> Path:

@@ -17,9 +17,9 @@ from lightning_edge.callbacks.base import (
     state_tensors,
     stepped,
 )
-from lightning_edge.callbacks.byte_budget import constant_bytes, file_bytes, record_bytes, share_within
 from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.sharing_options import check_budget, check_training
+from lightning_edge.export.byte_budget import constant_bytes, file_bytes, record_bytes, share_within
 from lightning_edge.functional.sharing import Init
 from lightning_edge.surgery.codebooks import Codebooks
 from lightning_edge.surgery.selection import find_network
