@@ -9,7 +9,7 @@ DEMO := outputs/demo
 demo: $(STAMP)  ## both recipes on scikit-learn's digits, with one and the same dense baseline
 	rm -rf $(DEMO)
 	$(BIN)/lightning-edge recipe=deep_compression hydra.run.dir=$(DEMO)/deep_compression
-	$(BIN)/lightning-edge recipe=int8 baseline=$(DEMO)/deep_compression/baseline.ckpt hydra.run.dir=$(DEMO)/int8
+	$(BIN)/lightning-edge recipe=qat_int8 baseline=$(DEMO)/deep_compression/baseline.ckpt hydra.run.dir=$(DEMO)/int8
 
 test: $(STAMP)  ## every test, with branch coverage
 	$(BIN)/python -m pytest --cov --cov-report=term

@@ -114,7 +114,7 @@ def dense_stage(cfg: DictConfig) -> DictConfig:
     The callbacks are those of ``cfg.dense`` alone; interpolations such as ``${trainer.max_epochs}`` see this stage's,
     but for those in ``cfg.dense``, which see ``cfg``.
 
-    >>> cfg = compose(["recipe=int8", "dense.trainer.max_epochs=3"])
+    >>> cfg = compose(["recipe=qat_int8", "dense.trainer.max_epochs=3"])
     >>> dense_stage(cfg).trainer.max_epochs, sorted(dense_stage(cfg).callbacks)
     (3, ['checkpoint', 'exact_resume', 'history'])
     """
@@ -153,7 +153,7 @@ def recipe_hash(cfg: DictConfig) -> str:
     Folders, host, devices, threads, loggers, progress bars and resume settings do not change it. A teacher's file
     counts by its content, not by its name.
 
-    >>> recipe_hash(compose(["recipe=int8"])) == recipe_hash(compose(["recipe=int8", "threads=2"]))
+    >>> recipe_hash(compose(["recipe=qat_int8"])) == recipe_hash(compose(["recipe=qat_int8", "threads=2"]))
     True
     """
     leaves = {name: _content(name, value, cfg.output) for name, value in _leaves(cfg, "")}

@@ -61,7 +61,7 @@ def answer(capsys, *arguments):
 def test_without_arguments_the_recipes_are_listed_one_line_each(capsys):
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.startswith(("  deep_compression  Prune", "  int8   "))]) == 2
+    assert len([line for line in lines if line.startswith(("  deep_compression  Prune", "  qat_int8   "))]) == 2
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -93,12 +93,12 @@ def test_a_recipe_runs_in_the_output_folder(stages, tmp_path):
 
 def test_the_command_line_is_put_back_after_a_run(stages):
     before = list(sys.argv)
-    main(["recipe=int8", "hydra.run.dir=out"])
+    main(["recipe=qat_int8", "hydra.run.dir=out"])
     assert sys.argv == before
 
 
 def test_a_sweep_runs_every_recipe(stages, tmp_path, capsys):
-    assert main(["-m", "recipe=deep_compression,int8", "hydra.sweep.dir=sweep"]) == 0
+    assert main(["-m", "recipe=deep_compression,qat_int8", "hydra.sweep.dir=sweep"]) == 0
     assert [folder for _, folder, _, _ in stages.calls] == [tmp_path / "sweep/0", tmp_path / "sweep/1"]
     assert [sorted(cfg.export.formats) for cfg, _, _, _ in stages.calls] == [["edge", "onnx"], ["onnx", "pte"]]
 
@@ -126,7 +126,7 @@ def test_a_run_goes_on_where_the_folder_it_was_started_from_is_gone(stages, tmp_
     started = tmp_path / "started"
     started.mkdir()
     monkeypatch.chdir(started)
-    main(["recipe=int8", f"hydra.run.dir={tmp_path}/out"])
+    main(["recipe=qat_int8", f"hydra.run.dir={tmp_path}/out"])
     monkeypatch.chdir(tmp_path)
     started.rmdir()
     monkeypatch.setattr(sys, "argv", ["lightning-edge"])
@@ -151,7 +151,7 @@ def test_a_folder_without_a_saved_configuration_cannot_be_resumed(capsys, tmp_pa
     ],
 )
 def test_a_resumed_run_takes_only_overrides_that_leave_its_result(stages, capsys, override, message):
-    main(["recipe=int8", "hydra.run.dir=out"])
+    main(["recipe=qat_int8", "hydra.run.dir=out"])
     code, said = answer(capsys, "resume=out", override)
     assert (code, len(stages.calls)) == (1, 1)
     assert message in said
@@ -165,17 +165,17 @@ def test_a_resumed_run_takes_only_overrides_that_leave_its_result(stages, capsys
             f"recipe must be one of {', '.join(recipe_titles())}, got 'deep_compresion': did you mean",
         ),
         (
-            ["recipe=int8", "model=lenet6"],
+            ["recipe=qat_int8", "model=lenet6"],
             "model must be one of digits_net, lenet300, lenet5, resnet20, resnet56, resnet8, got 'lenet6': did you",
         ),
-        (["recipe=int8", "trainer.max_epoch=3"], "trainer.max_epoch must be a key of the configuration: did you mean"),
-        (["recipe=int8", "trianer.devices=3"], "trianer.devices must be a key of the configuration: did you mean 'tr"),
-        (["recipe=int8", "modle=lenet5"], "modle must be a key of the configuration: did you mean 'model'?"),
-        (["recipe=int8", "~callbacks.quantisation"], "did you mean 'callbacks.quantization'"),
-        (["recipe=int8", "callbacks.pruning.sparsity=0.5"], "callbacks.pruning.sparsity must be a key"),
-        (["-m", "recipe=int8,int9"], "got 'int9': did you mean 'int8'?"),
-        (["recipe=int8", "+trainer.max_epoch=3"], "trainer.max_epoch must be an argument of lightning.Trainer: did"),
-        (["recipe=int8", "trainer.max_epochs=-1"], "trainer.max_epochs must be at least 1 for ${epoch_at:"),
+        (["recipe=qat_int8", "trainer.max_epoch=3"], "trainer.max_epoch must be a key of the configuration: did you mean"),
+        (["recipe=qat_int8", "trianer.devices=3"], "trianer.devices must be a key of the configuration: did you mean 'tr"),
+        (["recipe=qat_int8", "modle=lenet5"], "modle must be a key of the configuration: did you mean 'model'?"),
+        (["recipe=qat_int8", "~callbacks.quantisation"], "did you mean 'callbacks.quantization'"),
+        (["recipe=qat_int8", "callbacks.pruning.sparsity=0.5"], "callbacks.pruning.sparsity must be a key"),
+        (["-m", "recipe=qat_int8,qat_int9"], "got 'qat_int9': did you mean 'qat_int8'?"),
+        (["recipe=qat_int8", "+trainer.max_epoch=3"], "trainer.max_epoch must be an argument of lightning.Trainer: did"),
+        (["recipe=qat_int8", "trainer.max_epochs=-1"], "trainer.max_epochs must be at least 1 for ${epoch_at:"),
         (["data=mnist"], "callbacks must hold a technique or an export"),
     ],
 )
@@ -219,7 +219,7 @@ def test_a_mistake_inside_a_recipe_is_answered_too(stages, capsys, tmp_path, def
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
 def test_what_the_stages_refuse_is_one_message(stages, capsys, error, sweep):
     stages.error = error
-    code, said = answer(capsys, *sweep, "recipe=int8", "hydra.run.dir=out", "hydra.sweep.dir=out")
+    code, said = answer(capsys, *sweep, "recipe=qat_int8", "hydra.run.dir=out", "hydra.sweep.dir=out")
     assert code == 1
     assert f"lightning-edge: {error}\n" in said
 
@@ -229,7 +229,7 @@ def test_the_cause_of_a_failed_construction_is_what_is_said(stages, capsys):
     with pytest.raises(InstantiationException) as raised:
         instantiate(cfg.callbacks.sgd)
     stages.error = raised.value
-    code, said = answer(capsys, "recipe=int8", "hydra.run.dir=out")
+    code, said = answer(capsys, "recipe=qat_int8", "hydra.run.dir=out")
     assert code == 1
     assert "lightning-edge: callbacks.sgd: optimizer got an empty parameter list\n" in said
 
@@ -238,32 +238,32 @@ def test_the_cause_of_a_failed_construction_is_what_is_said(stages, capsys):
 def test_a_bug_shows_its_trace(stages, sweep):
     stages.error = AssertionError("a bug")
     with pytest.raises(AssertionError, match="a bug"):
-        main([*sweep, "recipe=int8", "hydra.run.dir=out", "hydra.sweep.dir=out"])
+        main([*sweep, "recipe=qat_int8", "hydra.run.dir=out", "hydra.sweep.dir=out"])
 
 
 def test_every_error_shows_its_trace_when_asked_for(stages, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     stages.error = ValueError("include must match")
     with pytest.raises(ValueError, match="include must match"):
-        main(["recipe=int8", "hydra.run.dir=out"])
+        main(["recipe=qat_int8", "hydra.run.dir=out"])
     assert os.environ["HYDRA_FULL_ERROR"] == "1"
 
 
 def test_the_stages_see_the_users_own_setting_of_full_errors(stages):
-    main(["recipe=int8", "hydra.run.dir=out"])
+    main(["recipe=qat_int8", "hydra.run.dir=out"])
     assert stages.calls[0][3] is None
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
 def test_the_console_belongs_to_the_stages(stages, tmp_path, capsys):
-    main(["recipe=int8", "hydra.run.dir=out"])
+    main(["recipe=qat_int8", "hydra.run.dir=out"])
     logging.getLogger("somewhere").info("a line")
     assert capsys.readouterr() == ("", "")
     assert "a line" in (tmp_path / "out/lightning_edge.log").read_text()
 
 
 def test_the_saved_configuration_can_be_printed(capsys):
-    assert main(["recipe=int8", "--cfg", "job"]) == 0
+    assert main(["recipe=qat_int8", "--cfg", "job"]) == 0
     assert "QuantizationAwareTraining" in capsys.readouterr().out
 
 
@@ -337,13 +337,13 @@ def test_warnings_between_libraries_do_not_reach_the_user(stages, monkeypatch):
     monkeypatch.setattr(sys.modules["lightning_edge.pipeline"], "run", warn)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert main(["recipe=int8", "hydra.run.dir=out"]) == 0
+        assert main(["recipe=qat_int8", "hydra.run.dir=out"]) == 0
     assert [str(warning.message) for warning in seen] == ["old", "to the user"]
 
 
 def test_a_wrong_command_line_is_answered_within_seconds():
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_edge", "recipe=int8", "trainer.max_epoch=1"],
+        [sys.executable, "-m", "lightning_edge", "recipe=qat_int8", "trainer.max_epoch=1"],
         capture_output=True,
         text=True,
         timeout=20,

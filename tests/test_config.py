@@ -93,7 +93,7 @@ def test_a_callback_can_be_dropped():
 
 
 def test_the_data_says_how_long_the_stages_train():
-    digits, mnist = compose(["recipe=int8"]), compose(["recipe=int8", "data=mnist"])
+    digits, mnist = compose(["recipe=qat_int8"]), compose(["recipe=qat_int8", "data=mnist"])
     assert digits.trainer.max_epochs > mnist.trainer.max_epochs
     assert dense_stage(digits).trainer.max_epochs > dense_stage(mnist).trainer.max_epochs
 
@@ -107,13 +107,13 @@ def test_the_epochs_of_a_recipe_lie_within_any_length(epochs):
 
 
 def test_a_training_without_a_length_is_refused_where_epochs_are_fractions():
-    cfg = compose(["recipe=int8", "trainer.max_epochs=-1", "trainer.max_steps=100"])
+    cfg = compose(["recipe=qat_int8", "trainer.max_epochs=-1", "trainer.max_steps=100"])
     with pytest.raises(OmegaConfBaseException, match=r"trainer.max_epochs must be at least 1 for .*, got -1"):
         check(cfg)
 
 
 def test_a_fraction_outside_of_the_training_is_refused():
-    cfg = compose(["recipe=int8", "callbacks.quantization.start_epoch='${epoch_at:1.5}'"])
+    cfg = compose(["recipe=qat_int8", "callbacks.quantization.start_epoch='${epoch_at:1.5}'"])
     with pytest.raises(OmegaConfBaseException, match=r"fraction in \[0, 1\], got 1.5"):
         check(cfg)
 
@@ -247,13 +247,13 @@ def test_a_mistake_in_a_file_is_refused_with_the_nearest_name(mistake, message):
 
 def test_a_mandatory_value_must_be_given():
     with pytest.raises(OmegaConfBaseException, match=r"model\.num_classes"):
-        check(compose(["recipe=int8", "model.num_classes=???"]))
+        check(compose(["recipe=qat_int8", "model.num_classes=???"]))
 
 
 def test_a_class_of_the_users_own_is_checked_like_ours():
-    check(compose(["recipe=int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, duration: null}"]))
+    check(compose(["recipe=qat_int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, duration: null}"]))
     with pytest.raises(ValueError, match=r"callbacks.timer.durations must be an argument of .*did you mean 'duration'"):
-        check(compose(["recipe=int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, durations: 1}"]))
+        check(compose(["recipe=qat_int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, durations: 1}"]))
 
 
 def test_a_run_that_would_compress_nothing_is_refused():
@@ -266,14 +266,14 @@ def test_names_without_a_near_one_are_answered_with_some_of_the_valid_ones():
 
 
 def test_a_class_that_tells_no_signature_is_left_to_its_call():
-    check(compose(["recipe=int8", "+callbacks.type={_target_: builtins.type, whatever: 1}"]))
+    check(compose(["recipe=qat_int8", "+callbacks.type={_target_: builtins.type, whatever: 1}"]))
 
 
 def test_a_module_that_fails_at_its_import_says_why(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("import no_such_dependency")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"data._target_ must be importable, got 'mine.Data': .*'no_such_dependency'"):
-        check(compose(["recipe=int8", "data={_target_: mine.Data}"]))
+        check(compose(["recipe=qat_int8", "data={_target_: mine.Data}"]))
 
 
 def test_a_recipe_that_is_no_mapping_is_refused_with_its_file(tmp_path, monkeypatch):

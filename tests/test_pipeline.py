@@ -92,7 +92,7 @@ def test_int8_runs_in_both_runtimes_from_a_given_baseline(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(first, "trainer.max_epochs=2", "callbacks.sharing.at_epochs=[1]") == 0
     options = ["data.batch_size=128", f"baseline={first}/baseline.ckpt", f"hydra.run.dir={second}"]
-    assert main(["recipe=int8", *SHORT, *options]) == 0
+    assert main(["recipe=qat_int8", *SHORT, *options]) == 0
     rows = json.loads((second / "report.json").read_text())["artifacts"]
     int8 = {row["file"]: row["error"]["wrong"] for row in rows if row["file"].startswith("model")}
     assert set(int8) == {"model.onnx", "model.pte"}
