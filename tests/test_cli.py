@@ -173,7 +173,7 @@ def test_a_resumed_run_takes_only_overrides_that_leave_its_result(stages, capsys
         (["recipe=qat_int8", "modle=lenet5"], "modle must be a key of the configuration: did you mean 'model'?"),
         (["recipe=qat_int8", "~callbacks.quantisation"], "did you mean 'callbacks.quantization'"),
         (["recipe=qat_int8", "callbacks.pruning.sparsity=0.5"], "callbacks.pruning.sparsity must be a key"),
-        (["-m", "recipe=qat_int8,qat_int9"], "got 'qat_int9': did you mean 'qat_int8'?"),
+        (["-m", "recipe=qat_int8,qat_int9"], "got 'qat_int9': did you mean 'qat_int8'"),
         (["recipe=qat_int8", "+trainer.max_epoch=3"], "trainer.max_epoch must be an argument of lightning.Trainer"),
         (["recipe=qat_int8", "trainer.max_epochs=-1"], "trainer.max_epochs must be at least 1 for ${epoch_at:"),
         (["data=mnist"], "callbacks must hold a technique or an export"),

@@ -27,11 +27,12 @@ def test_a_run_begins_goes_on_from_whatever_stage_it_was_cut_in_and_is_not_repea
         (folder / "report.json").write_text(json.dumps({"title": "done"}))
 
     monkeypatch.setattr(runs.subprocess, "run", launch)
+    overrides = ["recipe=qat_int8"]
     for _ in range(2):  # cut in the first stage, before any checkpoint; then between two stages
         with pytest.raises(subprocess.CalledProcessError):
-            runs.run_recipe(folder, ["recipe=qat_int8"])
-    assert runs.run_recipe(folder, ["recipe=qat_int8"]) == runs.run_recipe(folder, ["recipe=qat_int8"]) == {"title": "done"}
-    new = ["recipe=qat_int8", "trainer.enable_progress_bar=false", f"hydra.run.dir={folder}"]
+            runs.run_recipe(folder, overrides)
+    assert runs.run_recipe(folder, overrides) == runs.run_recipe(folder, overrides) == {"title": "done"}
+    new = [*overrides, "trainer.enable_progress_bar=false", f"hydra.run.dir={folder}"]
     assert seen == [new, [f"resume={folder}"], [f"resume={folder}"]]
 
 
