@@ -291,7 +291,7 @@ class Contents:
 def test_inspect_prints_the_sections_and_the_tensors(monkeypatch, capsys):
     name = "a_network." * 6 + "[weight]"  # longer than what a table of 80 columns leaves for it
     contents = Contents(123456, "abc", (Section("graph", 1000),), (Tensor(name, (3, 4), "rans"),))
-    monkeypatch.setattr("lightning_edge.artifact.inspect", lambda path: contents, raising=False)
+    monkeypatch.setattr("lightning_edge.artifact.inspect", lambda path, **_: contents, raising=False)
     assert main(["inspect", "model.edge"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["size bytes: 123,456", "recipe hash: abc"]
@@ -302,13 +302,13 @@ def test_inspect_prints_the_sections_and_the_tensors(monkeypatch, capsys):
 
 
 def test_inspect_prints_that_a_file_has_no_tensors(monkeypatch, capsys):
-    monkeypatch.setattr("lightning_edge.artifact.inspect", lambda path: Contents(59, "", (), ()), raising=False)
+    monkeypatch.setattr("lightning_edge.artifact.inspect", lambda path, **_: Contents(59, "", (), ()), raising=False)
     assert main(["inspect", "model.edge"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "tensors: none"
 
 
 def test_a_damaged_file_is_one_message(monkeypatch, capsys):
-    def damaged(path):
+    def damaged(path, **_):
         raise ValueError("checksum must be 1, got 2, at offset 3")
 
     monkeypatch.setattr("lightning_edge.artifact.inspect", damaged, raising=False)
