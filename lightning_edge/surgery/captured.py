@@ -136,6 +136,7 @@ class CapturedNetwork:
             self._follow()
             for quantizer in self.observers.values():
                 quantizer.enable_observer(quantizer.is_per_channel)
+                quantizer.fixed = quantizer.fixed and not quantizer.is_per_channel
             inputs = as_arguments(self.network, example_inputs).map(lambda value: value.to(self._device))
             self.graph_module(*inputs, **inputs.named)
         self._flags = None

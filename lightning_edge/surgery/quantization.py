@@ -87,7 +87,7 @@ def capture_(
 
 
 def bits_of_weights(network: nn.Module, weight_bits: WeightBits) -> dict[str, int]:
-    """Return the bits of each weight of a linear or convolution layer, by its name.
+    """Return the bits of each weight, by its name.
 
     Raises:
         ValueError: If a number of bits is not 8 or 4, or a pattern matches no layer.
@@ -99,6 +99,8 @@ def bits_of_weights(network: nn.Module, weight_bits: WeightBits) -> dict[str, in
     for pattern, bits in wanted.items():
         if bits not in WEIGHT_BITS:
             raise ValueError(f"weight_bits must be one of {WEIGHT_BITS}, got {bits!r} for {pattern!r}")
+    if isinstance(weight_bits, int):
+        return {name: weight_bits for name, _ in network.named_parameters()}
     found: dict[str, int] = {}
     for pattern, bits in wanted.items():
         for name in select_layers(network, [pattern], argument="weight_bits"):
