@@ -14,8 +14,10 @@ from lightning_edge.surgery.shared_state import (
     by_row,
     code_entropy,
     codebook_of,
-    project_,
+    fit_scales_,
+    row_parts,
     segments,
+    shared_values,
     vector_counts,
 )
 
@@ -57,7 +59,6 @@ def cluster_(
     >>> cluster_(weight, 2, Codebooks()).codes.tolist(), weight.tolist()
     ([[1, 1], [0, 2]], [[2.0, 2.0], [0.0, 8.0]])
     """
-    before = weight.clone() if books.channel_scale or books.block > 1 else None
     scales = None
     if books.block > 1:
         codes = _cluster_blocks(weight, clusters, books.block, importance, generator)
@@ -65,10 +66,21 @@ def cluster_(
         codes, scales = _cluster_scaled(weight, clusters, books, price, importance, generator)
     else:
         codes, inertia = _cluster_rows_(weight, clusters, books, price, importance, generator)
-    if before is not None:
-        project_(weight, codes, scales, importance=importance, target=before)
-        inertia = float((before - weight).double().square().sum())
+    if books.channel_scale or books.block > 1:
+        inertia = _settle_(weight, codes, scales, importance)
     return Clustered(codes, scales, int(vector_counts(codes, books.block).count_nonzero()), inertia)
+
+
+def _settle_(weight: Tensor, codes: Tensor, scales: Tensor | None, importance: Tensor | None) -> float:
+    """Replace the weights by what their codes stand for, and return the squared change; a part at a time."""
+    table, change = codebook_of(weight, codes, scales, importance=importance), 0.0
+    if scales is not None:
+        fit_scales_(scales, weight, codes, table, importance)
+    for part in row_parts(weight):
+        values = shared_values(table, codes[part], None if scales is None else scales[part])
+        change += float((weight[part] - values).double().square().sum())
+        weight[part] = values
+    return change
 
 
 def _cluster_rows_(
@@ -81,8 +93,8 @@ def _cluster_rows_(
 ) -> tuple[Tensor, float]:
     """Return codes and squared change; each segment of rows is clustered, read and written in parts.
 
-    Beyond the weights there are at most two more numbers for each at a time: their copy without zeros and its codes,
-    then these and all codes, which are made only when the copy is gone.
+    Beyond the weights there is one more number for each at a time, its code. Where zeros are left out there are two: a
+    copy without them and its codes, then these and all codes, which are made only when the copy is gone.
     """
     flat = weight.contiguous().view(-1)
     codes: Tensor | None = None
@@ -109,7 +121,8 @@ def _cluster_rows_(
             centroids, found = better
             numbers = torch.cat([numbers.new_zeros(1), first + numbers.new_tensor(range(len(centroids) - 1))])
             del better
-        codes = _no_codes(weight) if codes is None else codes
+        if codes is None:  # where the centroids' numbers are those of all weights, codes take their place
+            codes = found.view(weight.shape) if len(found) == weight.numel() else _no_codes(weight)
         inertia += _write_(values, codes.view(-1)[part], found, centroids, numbers)
     if flat.data_ptr() != weight.data_ptr():
         weight.copy_(flat.view(weight.shape))
@@ -125,40 +138,52 @@ def _cluster_scaled(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """Return codes and the scales of the rows; the weight is left as it is."""
-    rows = weight.flatten(1)
-    live = (rows != 0).sum(1)
-    scales = (rows.double().square().sum(1) / live.clamp(min=1)).sqrt().float()
-    scales[scales == 0] = 1.0
+    scales = _root_mean_squares(weight)
     column = by_row(scales, weight)
     unit, heed = (weight / column).contiguous(), column.square().expand(weight.shape)
     heed = heed.contiguous() if importance is None else heed * importance
     codes, _ = _cluster_rows_(unit, clusters, books, price, heed, generator)
-    values, work = codebook_of(unit, codes), weight.clone()
+    values = codebook_of(unit, codes)
+    del unit, heed  # each takes as much as the weights
     for _ in range(_ROUNDS):
         assign_codes_(codes, values, weight, scales, books, price, importance)
-        project_(work, codes, scales, importance=importance, target=weight)
-        values = codebook_of(work, codes, scales)
+        values = codebook_of(weight, codes, scales, importance=importance)
+        fit_scales_(scales, weight, codes, values, importance)
     return codes, scales
+
+
+def _root_mean_squares(weight: Tensor) -> Tensor:
+    """Return those of the weights of each row that are not zero; 1 for a row of zeros."""
+    scales = weight.new_ones(len(weight), dtype=torch.float32)
+    for part in row_parts(weight):
+        rows = weight[part].flatten(1)
+        found = (rows.double().square().sum(1) / (rows != 0).sum(1).clamp(min=1)).sqrt().float()
+        scales[part] = torch.where(found == 0, 1.0, found)
+    return scales
 
 
 def _cluster_blocks(
     weight: Tensor, clusters: int, block: int, importance: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
     """Return codes; the weight is left as it is."""
-    codes = _no_codes(weight)
     vectors = weight.reshape(-1, block)
     live = (vectors != 0).any(1)
     if not bool(live.any()):
-        return codes
-    values = vectors[live]
+        return _no_codes(weight)
+    values = vectors if bool(live.all()) else vectors[live]
     whole = bool((values != 0).all())
-    heed = None if importance is None else importance.reshape(-1, block)[live]
+    heed = None if importance is None else importance.reshape(-1, block)
+    heed = heed if heed is None or values is vectors else heed[live]
     if not whole:  # a zero stays zero, whatever the codebook says there
         heed = (values != 0).to(values.dtype) * (1.0 if heed is None else heed)
     _, found = kmeans_vectors(values, clusters, weights=heed, generator=generator)
-    place = torch.arange(block, dtype=torch.int32, device=weight.device)
-    numbers = 1 + found[:, None] * block + place
-    codes.view(-1, block)[live] = numbers if whole else numbers * (values != 0)
+    del heed
+    codes, place = _no_codes(weight), torch.arange(block, dtype=torch.int32, device=weight.device)
+    flat, start = codes.view(-1, block), 0
+    for part in chunks(vectors):
+        own = found[start : start + int(live[part].sum())]
+        start += len(own)
+        flat[part][live[part]] = (1 + own[:, None] * block + place) * (vectors[part][live[part]] != 0)
     return codes
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -142,7 +143,7 @@ def relative_importance(weight: Tensor) -> Tensor:
     tensor([[5.0000, 5.0000],
             [0.5556, 0.5556]])
     """
-    squares = weight.detach().flatten(1).double().square().mean(1)
+    squares = torch.stack([row.double().square().mean() for row in weight.detach().flatten(1)])
     relative = squares.mean() / squares.clamp(min=1e-6 * float(squares.mean()) + 1e-45)
     return relative.float().view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape)
 

@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_edge.functional.rate import assign_1d, code_lengths
+from lightning_edge.functional.rate import add_by, assign_1d, chunks, code_lengths
 from lightning_edge.functional.sharing import cluster_means
 from lightning_edge.surgery.codebooks import Codebooks
 
 Gradient = Literal["mean", "sum"]
 _NEARLY_ZERO = 1e-30
+_PART = 1 << 16  # numbers that are worked on at a time, in whole rows
 
 
 @torch.no_grad()
@@ -49,13 +50,36 @@ def project_(
         weight.copy_(_per_cluster(target, codes, "mean", importance))
         return
     table = codebook_of(target, codes, scales, importance=importance)
-    values = table.index_select(0, codes.flatten()).view(codes.shape)
-    shared, wanted = values.flatten(1).double(), target.flatten(1).double()
-    heed = shared if importance is None else shared * importance.flatten(1)
-    along, length = (wanted * heed).sum(1), (shared * heed).sum(1)
-    fitted = torch.where(length > 0, along / length, 0.0).float()
-    scales.copy_(torch.where(fitted > 0, fitted, scales))  # a row of zeros, or one that turned round, keeps its scale
-    weight.copy_(by_row(scales, values) * values)
+    fit_scales_(scales, target, codes, table, importance)
+    for part in row_parts(weight):
+        weight[part] = shared_values(table, codes[part], scales[part])
+
+
+def shared_values(table: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
+    """Return what the codes stand for, times the scales of their rows.
+
+    >>> shared_values(torch.tensor([0.0, 3.0]), torch.tensor([[1, 0]]), torch.tensor([2.0]))
+    tensor([[6., 0.]])
+    """
+    values = table[codes]
+    return values if scales is None else by_row(scales, values) * values
+
+
+@torch.no_grad()
+def fit_scales_(scales: Tensor, target: Tensor, codes: Tensor, table: Tensor, importance: Tensor | None) -> None:
+    """Give each row the scale of least squares; one of zeros, or one that turned round, keeps its own.
+
+    >>> scales = torch.ones(1)
+    >>> fit_scales_(scales, torch.tensor([[2.0, 6.0]]), torch.tensor([[1, 2]]), torch.tensor([0.0, 1.0, 3.0]), None)
+    >>> scales
+    tensor([2.])
+    """
+    for part in row_parts(target):
+        shared, wanted = table[codes[part]].flatten(1).double(), target[part].flatten(1).double()
+        heed = shared if importance is None else shared * importance[part].flatten(1)
+        along, length = (wanted * heed).sum(1), (shared * heed).sum(1)
+        fitted = torch.where(length > 0, along / length, 0.0).float()
+        scales[part] = torch.where(fitted > 0, fitted, scales[part])
 
 
 @torch.no_grad()
@@ -92,11 +116,20 @@ def codebook_of(
     if scales is None:
         table = cluster_means(weight, index, clusters, weights=importance)
     else:
-        rows = by_row(scales, weight)
-        heed = rows.square() if importance is None else rows.square() * importance
-        table = cluster_means(weight / rows, index, clusters, weights=heed.expand(weight.shape))
+        table = _scaled_means(weight, codes, scales, clusters, importance)
     table[0] = 0.0
     return table.float()
+
+
+def _scaled_means(weight: Tensor, codes: Tensor, scales: Tensor, clusters: int, importance: Tensor | None) -> Tensor:
+    """Return the means of weight / scale in each cluster, weighted by importance x scale**2, shape (clusters,)."""
+    sums, mass = torch.zeros(2, clusters, dtype=torch.float64, device=weight.device)
+    for part in row_parts(weight):
+        own, index = by_row(scales[part].double(), weight), codes[part].flatten()
+        heed = own.square() if importance is None else own.square() * importance[part]
+        add_by(mass, index, heed.expand(weight[part].shape).flatten())
+        add_by(sums, index, (weight[part] / own * heed).flatten())
+    return torch.where(mass > 0, sums / mass, 0.0)
 
 
 @torch.no_grad()
@@ -163,9 +196,9 @@ def assign_codes_(
     """Give every weight of ``target`` the code of the cheapest value of ``table``, among those in use; in place."""
     heed = None
     if scales is not None:
-        heed = by_row(scales, target).square().expand(target.shape)
+        heed = by_row(scales, target).square().expand(target.shape) if price else None
         target = target / by_row(scales, target)
-    if importance is not None:
+    if importance is not None and price:  # who pays nothing for bits takes the nearest, however important
         heed = importance if heed is None else heed * importance
     flat, index = target.reshape(-1), codes.view(-1)
     heed = None if heed is None else heed.reshape(-1)
@@ -186,7 +219,10 @@ def assign_codes_(
             rate=price,
             weights=None if heed is None else heed[part][live],
         )
-        index[part][live] = known.to(torch.int32)[found]
+        numbers = known.to(torch.int32)
+        for some in chunks(found):
+            found[some] = numbers[found[some]]
+        index[part][live] = found
 
 
 def code_entropy(codes: Tensor, block: int = 1) -> float:
@@ -215,6 +251,16 @@ def _per_cluster(values: Tensor, codes: Tensor, reduction: Gradient, importance:
         table *= torch.bincount(index, minlength=clusters)
     table[0] = 0.0
     return table.to(values.dtype).index_select(0, index).view(values.shape)
+
+
+def row_parts(tensor: Tensor) -> Iterator[slice]:
+    """Yield parts of whole rows, of a bounded size.
+
+    >>> list(row_parts(torch.zeros(3, 4)))
+    [slice(0, 16384, None)]
+    """
+    step = max(1, _PART // max(1, tensor[:1].numel()))
+    return (slice(start, start + step) for start in range(0, len(tensor), step))
 
 
 def segments(weight: Tensor, group_channels: int | None) -> Iterator[slice]:

@@ -22,6 +22,7 @@ from lightning_edge.functional.rans import rans_encode
 
 ESCAPES = (14, 30, 62, 126, 254)
 NUMBERS = {code: dtype for code, dtype in DTYPES.items() if dtype.kind in "iuf"}
+MUTANTS = 2000
 pytestmark = pytest.mark.skipif(c.COMPILER is None, reason="no C compiler is there")
 
 
@@ -345,11 +346,11 @@ def test_what_c_reads_of_the_fuzzers_files_python_reads_too(program):
     rng = random.Random(6)
     originals = [take_apart(file) for file in golden_files() if file[4] == VERSION]
     # What claims much memory takes long to clear under a sanitizer; limits have tests of their own.
-    files = [file for _, file in (mutant(rng, originals) for _ in range(400)) if claims(file) < 1 << 20]
+    files = [file for _, file in (mutant(rng, originals) for _ in range(MUTANTS)) if claims(file) < 1 << 20]
     results = [seen(result) for result in c.run(program, files)]
     complete = [(mine, python_reads(file)) for mine, file in zip(results, files, strict=True) if mine[1]]
     assert all(mine == theirs for mine, theirs in complete)
-    assert 10 < len(complete) < len(files) > 300
+    assert 50 < len(complete) < len(files) > 1500
 
 
 def test_a_hostile_header_is_refused(program):
@@ -400,12 +401,12 @@ def test_the_example_of_the_specification_is_what_is_packed(program, monkeypatch
 
 
 def test_the_decoder_stays_short_and_depends_on_nothing():
-    lines, known = 0, {"<stddef.h>", "<stdint.h>", "<string.h>", '"edge_decode.h"'}
+    lines, known = {}, {"<stddef.h>", "<stdint.h>", "<string.h>", '"edge_decode.h"'}
     for name in ("edge_decode.h", "edge_decode.c"):
         text = (c.SOURCES / name).read_text()
         assert set(re.findall(r'#include ([<"].*[>"])', text)) <= known
         assert max(map(len, text.splitlines())) <= 120
         code = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
-        lines += sum(1 for line in code.splitlines() if line.strip())
+        lines[name] = sum(1 for line in code.splitlines() if line.strip())
         assert not {"malloc", "calloc", "alloca", "free", "goto"} & set(re.findall(r"\w+", code))
-    assert lines <= 550
+    assert lines == {"edge_decode.h": 47, "edge_decode.c": 502}  # of code: no comments, no empty lines
