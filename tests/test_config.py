@@ -4,6 +4,7 @@ import inspect
 from importlib import import_module
 
 import pytest
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,6 +19,7 @@ from lightning_edge.config import (
     register,
 )
 from lightning_edge.config_check import check, nearest
+from lightning_edge.modules import MovingAverage
 
 RECIPES = sorted(recipe_titles())
 OPTIONS = sorted(path.relative_to(config_folder()).with_suffix("") for path in config_folder().glob("*/*.yaml"))
@@ -195,6 +197,15 @@ def test_what_teaches_changes_the_hash_but_not_where_the_run_is():
     base = ["recipe=deep_compression", "distillation=self"]
     assert recipe_hash(compose(base)) == recipe_hash(compose([*base, "output=elsewhere"]))
     assert recipe_hash(compose(base)) != recipe_hash(compose([*base, "distillation.teacher=other.ckpt"]))
+
+
+def test_a_moving_average_and_an_earlier_student_teach_any_recipe():
+    average = compose(["recipe=int8", "distillation=ema", "distillation.teacher.decay=0.9"])
+    check(average)
+    assert instantiate(average.distillation.teacher) == MovingAverage(0.9)
+    earlier = compose(["recipe=edge_tiny", "distillation=checkpoint", "distillation.teacher=last.ckpt"])
+    check(earlier)
+    assert earlier.distillation.teacher == "last.ckpt"
 
 
 def test_a_model_that_names_no_larger_one_is_refused():

@@ -96,3 +96,5 @@ def test_a_mistake_in_the_distillation_is_said_before_any_training(tmp_path, cap
     ]
     assert main(["recipe=deep_compression", *late, f"hydra.run.dir={tmp_path}/run4"]) == 1
     assert "end_epoch must be below the 60 epochs of the fit (zero-based), got 90" in capsys.readouterr().err
+    assert main(["recipe=deep_compression", "distillation=checkpoint", f"hydra.run.dir={tmp_path}/run5"]) == 1
+    assert "teacher must be given to train a student, got None" in capsys.readouterr().err

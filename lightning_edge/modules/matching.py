@@ -78,6 +78,11 @@ class Matching(nn.Module):
         return [name for name, term in self.terms.items() if term.layers is not None or term.needs_projections]
 
     @property
+    def needs_adapters(self) -> bool:
+        """Whether a term needs sizes of features before the fit."""
+        return bool(self.terms_with_adapters) or any(term.needs_projections for term in self.terms.values())
+
+    @property
     def terms_with_adapters(self) -> list[str]:
         """Names of the terms of layers whose widths may not change: an adapter, or the loss, is made for them."""
         return [

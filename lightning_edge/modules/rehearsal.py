@@ -1,6 +1,7 @@
 """What is tried before a fit: terms that look into layers, beside the callbacks that change these."""
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 
 from lightning_edge.modules.matching import Matching
@@ -17,14 +18,14 @@ def rehearse(module: L.LightningModule, matching: Matching, network: nn.Module) 
         network: The student's.
 
     Raises:
-        ValueError: If there are no inputs to be found, or a term or layer cannot work.
+        ValueError: If there are no inputs to be found for adapters, or a term or layer cannot work.
     """
-    inputs = _inputs(module)
     try:
-        with training_flags(network, False), keep_random_state():
-            network(*inputs)
-    except TypeError as error:
-        raise ValueError(_no_example(module, f"the network cannot be called with one tensor ({error})")) from error
+        inputs = _inputs(module, network)
+    except ValueError:
+        if matching.needs_adapters:
+            raise
+        return  # the first step tries these terms
     matching.rehearse(network, inputs)
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning does not declare it
         for name in matching.terms_with_adapters:
@@ -51,7 +52,7 @@ def _check_captured(matching: Matching, network: nn.Module, inputs: tuple[Tensor
         )
 
 
-def _inputs(module: L.LightningModule) -> tuple[Tensor, ...]:
+def _inputs(module: L.LightningModule, network: nn.Module) -> tuple[Tensor, ...]:
     """Return two rows for the network: of ``example_input_array``, else of what a training batch has first."""
     example = module.example_input_array
     if example is None:
@@ -63,11 +64,17 @@ def _inputs(module: L.LightningModule) -> tuple[Tensor, ...]:
         if not isinstance(value, Tensor):
             raise ValueError(_no_example(module, f"a batch begins with a {type(value).__name__}"))
     device = next(module.parameters()).device
-    return tuple(value[:2].to(device) for value in values if isinstance(value, Tensor))
+    inputs = tuple(value[:2].to(device) for value in values if isinstance(value, Tensor))
+    try:
+        with training_flags(network, False), keep_random_state(), torch.no_grad():
+            network(*inputs)
+    except TypeError as error:
+        raise ValueError(_no_example(module, f"the network cannot be called with one tensor ({error})")) from error
+    return inputs
 
 
 def _no_example(module: L.LightningModule, reason: str) -> str:
     return (
         f"example_input_array of {type(getattr(module, 'student', module)).__name__} must be set to inputs of the"
-        f" network, a tensor or a tuple of them, since {reason}: terms of layers are tried before the fit"
+        f" network, a tensor or a tuple of them, since {reason}: the adapters need the sizes of its features"
     )

@@ -145,6 +145,21 @@ def test_contrast_is_the_cross_entropy_of_finding_the_same_example_both_ways():
     assert contrastive_loss(own, want, temperature=0.5).item() == pytest.approx((rows + columns) / 2, rel=1e-4)
 
 
+def test_squared_is_the_mean_over_all_elements_of_the_squared_difference():
+    own, want = drawn(3, 2, 4), drawn(3, 2, 4, seed=1)
+    differences = [(a - b) ** 2 for a, b in zip(own.flatten().tolist(), want.flatten().tolist(), strict=True)]
+    assert squared_loss(own, want).item() == pytest.approx(sum(differences) / 24, rel=1e-5)
+
+
+def test_cosine_is_one_less_the_mean_cosine_of_the_last_dimension():
+    own, want = drawn(3, 2, 4), drawn(3, 2, 4, seed=1)
+    cosines = []
+    for a, b in zip(own.view(6, 4).tolist(), want.view(6, 4).tolist(), strict=True):
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        cosines.append(dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b)))
+    assert cosine_loss(own, want).item() == pytest.approx(1 - sum(cosines) / 6, rel=1e-5)
+
+
 def test_cosine_is_blind_to_lengths():
     own, want = drawn(3, 4), drawn(3, 4, seed=1)
     assert cosine_loss(own, want).item() == pytest.approx(cosine_loss(7 * own, 0.1 * want).item(), rel=1e-4)

@@ -101,6 +101,12 @@ def test_a_network_of_two_inputs_asks_for_an_example(tmp_path):
     assert float(trainer.callback_metrics["distillation/hint"]) > 0
 
 
+def test_terms_without_adapters_need_no_example(tmp_path):
+    loader = DataLoader(TensorDataset(torch.randn(16, 4), torch.randn(16, 4)), 8)
+    trainer = fit(DistillationModule(PairTask(), Pair(), hint({"fc": "fc"}, "similarity")), tmp_path, loader=loader)
+    assert float(trainer.callback_metrics["distillation/hint"]) > 0
+
+
 @pytest.mark.parametrize("loss", ["hint", "contrastive"])
 def test_one_dimensional_convolutions_are_adapted_by_channels_and_positions(tmp_path, loss):
     class Signals(nn.Module):
