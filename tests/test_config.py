@@ -215,9 +215,13 @@ def test_a_mandatory_value_must_be_given():
 
 
 def test_a_class_of_the_users_own_is_checked_like_ours():
-    check(compose(["recipe=qat_int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, duration: null}"]))
+    check(
+        compose(["recipe=qat_int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, duration: null}"])
+    )
     with pytest.raises(ValueError, match=r"callbacks.timer.durations must be an argument of .*did you mean 'duration'"):
-        check(compose(["recipe=qat_int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, durations: 1}"]))
+        check(
+            compose(["recipe=qat_int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, durations: 1}"])
+        )
 
 
 def test_a_run_that_would_compress_nothing_is_refused():
