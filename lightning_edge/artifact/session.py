@@ -1,5 +1,6 @@
 """Run a file: one signature for every format, arrays in, arrays out."""
 
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Session:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def load_artifact(path: str | Path, *, threads: int = 1) -> Session:
+def load_artifact(path: str | Path, *, threads: int = 1, runtime: str | None = None) -> Session:
     """Load a ``.edge``, ``.onnx`` or ``.pte`` file into the runtime that runs it.
 
     A ``.edge`` file is expanded in memory and runs in onnxruntime: numpy, onnxruntime and zstandard suffice for it.
@@ -73,16 +74,20 @@ def load_artifact(path: str | Path, *, threads: int = 1) -> Session:
     Args:
         path: The file; the suffix says which runtime.
         threads: Threads of the runtime for one call. ExecuTorch has one pool in a process: the last load counts.
+        runtime: ``"openvino"`` for ``.onnx`` and ``.edge`` (needs the extra ``openvino``); None for the usual one.
 
     Raises:
-        ValueError: If the suffix is unknown, ``threads`` is below 1, or the file is damaged (``EdgeFormatError``).
+        ValueError: If the suffix or the runtime is unknown, ``threads`` is below 1, or the file is damaged
+            (``EdgeFormatError``).
         FileNotFoundError: If there is no such file.
         ImportError: If the runtime is not installed; says how to install it.
     """
     path = Path(path)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    loaders = {".edge": _load_edge, ".onnx": _load_onnx, ".pte": _load_pte}
+    if runtime not in _LOADERS:
+        raise ValueError(f"runtime must be one of {list(_LOADERS)}, got {runtime!r}")
+    loaders = _LOADERS[runtime]
     if path.suffix not in loaders:
         raise ValueError(f"path must end in one of {list(loaders)}, got {path.name!r}")
     if not path.is_file():
@@ -129,6 +134,45 @@ def _onnxruntime(model: bytes | str, path: Path, threads: int) -> Session:
         threads=threads,
         inputs=inputs,
         outputs=[item.name for item in session.get_outputs()],
+    )
+
+
+def _load_openvino(path: Path, threads: int) -> Session:
+    try:
+        import openvino
+    except ImportError as error:
+        message = f"OpenVINO must be installed to run {path.name} in it: pip install 'lightning-edge[openvino]'"
+        raise ImportError(message) from error
+    core = openvino.Core()
+    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    options["INFERENCE_PRECISION_HINT"] = "f32"  # processors with bf16 would compute a float network in that
+    try:
+        model = core.read_model(io.BytesIO(onnx_bytes(path)) if path.suffix == ".edge" else path)
+        compiled = core.compile_model(model, "CPU", options)
+    except RuntimeError as error:
+        raise ValueError(f"OpenVINO must be able to load {path}, got: {error}") from error
+    inputs = [
+        InputInfo(
+            port.get_any_name(),
+            tuple(size.get_length() if size.is_static else None for size in port.partial_shape),
+            np.dtype(port.element_type.to_dtype()).name,
+        )
+        for port in compiled.inputs
+    ]
+    request = compiled.create_infer_request()
+
+    def run(arrays: Sequence[Array]) -> Sequence[Array]:
+        outputs = request.infer(list(arrays))
+        # A copy: the next call writes its outputs to the same memory.
+        return [np.array(outputs[port]) for port in compiled.outputs]
+
+    return Session(
+        run,
+        path=path,
+        runtime=f"OpenVINO {openvino.__version__}",
+        threads=threads,
+        inputs=inputs,
+        outputs=[port.get_any_name() for port in compiled.outputs],
     )
 
 
@@ -192,6 +236,10 @@ def _names(program: Any, method: str) -> list[str]:
     return [name for name in str(joined).split(",") if name]
 
 
+_LOADERS: dict[str | None, dict[str, Callable[[Path, int], Session]]] = {
+    None: {".edge": _load_edge, ".onnx": _load_onnx, ".pte": _load_pte},
+    "openvino": {".edge": _load_openvino, ".onnx": _load_openvino},
+}
 _TORCH_CODES = {
     0: "uint8",
     1: "int8",
