@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lightning_edge.artifact import load_artifact, pack, unpack
+    from lightning_edge.callbacks.calibration import PostTrainingQuantization
     from lightning_edge.callbacks.channels import ChannelPruning
     from lightning_edge.callbacks.export import ExportArtifacts
     from lightning_edge.callbacks.pruning import WeightPruning
@@ -25,10 +26,15 @@ if TYPE_CHECKING:
     from lightning_edge.export import export
     from lightning_edge.modules.distillation import DistillationModule
     from lightning_edge.modules.distillation_terms import DistillationTerm
+    from lightning_edge.surgery.batchnorm_statistics import reestimate_batch_norms_
+    from lightning_edge.surgery.bias_correction import correct_bias_
     from lightning_edge.surgery.channels import slim_channels_
     from lightning_edge.surgery.deadunits import remove_dead_units_
+    from lightning_edge.surgery.equalization import equalize_
     from lightning_edge.surgery.post_training import quantize
     from lightning_edge.surgery.pruning import prune_
+    from lightning_edge.surgery.quantization import release_
+    from lightning_edge.surgery.quantization_sensitivity import layers_to_keep, quantization_sensitivity
     from lightning_edge.surgery.sensitivity import sensitivity
     from lightning_edge.surgery.sharing import share_weights_
     from lightning_edge.surgery.widths import load_widths_
@@ -41,16 +47,23 @@ __all__ = [
     "DistillationTerm",
     "ExactResume",
     "ExportArtifacts",
+    "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "WeightPruning",
     "WeightSharing",
     "__version__",
+    "correct_bias_",
+    "equalize_",
     "export",
+    "layers_to_keep",
     "load_artifact",
     "load_widths_",
     "pack",
     "prune_",
+    "quantization_sensitivity",
     "quantize",
+    "reestimate_batch_norms_",
+    "release_",
     "remove_dead_units_",
     "sensitivity",
     "share_weights_",
@@ -64,14 +77,21 @@ _HOMES = {
     "DistillationTerm": "modules.distillation_terms",
     "ExactResume": "callbacks.resume",
     "ExportArtifacts": "callbacks.export",
+    "PostTrainingQuantization": "callbacks.calibration",
     "QuantizationAwareTraining": "callbacks.quantization",
     "WeightPruning": "callbacks.pruning",
     "WeightSharing": "callbacks.sharing",
+    "correct_bias_": "surgery.bias_correction",
+    "equalize_": "surgery.equalization",
+    "layers_to_keep": "surgery.quantization_sensitivity",
     "load_artifact": "artifact",
     "load_widths_": "surgery.widths",
     "pack": "artifact",
     "prune_": "surgery.pruning",
+    "quantization_sensitivity": "surgery.quantization_sensitivity",
     "quantize": "surgery.post_training",
+    "reestimate_batch_norms_": "surgery.batchnorm_statistics",
+    "release_": "surgery.quantization",
     "remove_dead_units_": "surgery.deadunits",
     "sensitivity": "surgery.sensitivity",
     "share_weights_": "surgery.sharing",

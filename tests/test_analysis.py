@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from lightning_edge.analysis import SensitivityAnalysis
+from lightning_edge.analysis import QuantizationSensitivityAnalysis, SensitivityAnalysis
 from lightning_edge.cli import main
 from lightning_edge.config import compose
 from lightning_edge.config_check import check
@@ -112,3 +112,17 @@ def test_what_cannot_work_is_said_before_any_training(tmp_path, capsys, override
 def test_a_metric_that_is_not_logged_is_answered_with_those_that_are(whole, tmp_path, capsys):
     assert run(tmp_path, f"baseline={whole}/baseline.ckpt", "sensitivity.monitor=val/eror") == 1
     assert "monitor must be one of ['val/error', 'val/loss'], got 'val/eror'" in capsys.readouterr().err
+
+
+def test_the_recipe_of_the_quantization_sensitivity_chooses_layers_that_the_next_run_keeps(whole, tmp_path, capsys):
+    cfg = compose(["recipe=quantization_sensitivity"])
+    assert instantiate(cfg.sensitivity) == QuantizationSensitivityAnalysis()
+    arguments = [f"hydra.run.dir={tmp_path}/run", f"baseline={whole}/baseline.ckpt", "sensitivity.max_drop=1.0"]
+    assert main(["recipe=quantization_sensitivity", "trainer.enable_progress_bar=false", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "'callbacks.calibration.keep=[]'" in said
+    assert "| conv1 | 216 |" in said
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "quantization_sensitivity.json",
+        "quantization_sensitivity.md",
+    }

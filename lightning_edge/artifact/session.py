@@ -1,9 +1,9 @@
 """Run a file: one signature for every format, arrays in, arrays out."""
 
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ class Session:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def load_artifact(path: str | Path, *, threads: int = 1, max_bytes: int = MAX_BYTES) -> Session:
+def load_artifact(
+    path: str | Path, *, threads: int = 1, runtime: str | None = None, max_bytes: int = MAX_BYTES
+) -> Session:
     """Load a ``.edge``, ``.onnx`` or ``.pte`` file into the runtime that runs it.
 
     A ``.edge`` file is expanded in memory and runs in onnxruntime: numpy, onnxruntime and zstandard suffice for it.
@@ -78,49 +80,46 @@ def load_artifact(path: str | Path, *, threads: int = 1, max_bytes: int = MAX_BY
         threads: Threads of the runtime for one call. ExecuTorch has one pool in a process: the last load counts.
         max_bytes: Most bytes that a ``.edge`` file may expand to, see
             :func:`~lightning_edge.artifact.reading.open_file`; the runtime takes a few times as many.
+        runtime: ``"openvino"`` for ``.onnx`` and ``.edge`` (needs the extra ``openvino``); None for the usual one.
 
     Raises:
-        ValueError: If the suffix is unknown, ``threads`` is below 1, or the file is damaged (``EdgeFormatError``).
+        ValueError: If the suffix or the runtime is unknown, ``threads`` is below 1, or the file is damaged
+            (``EdgeFormatError``).
         FileNotFoundError: If there is no such file.
         ImportError: If the runtime is not installed; says how to install it.
     """
     path = Path(path)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    loaders: dict[str, Callable[[Path, int], Session]] = {
-        ".edge": partial(_load_edge, max_bytes=max_bytes),
-        ".onnx": _load_onnx,
-        ".pte": _load_pte,
-    }
+    if runtime not in _LOADERS:
+        raise ValueError(f"runtime must be one of {list(_LOADERS)}, got {runtime!r}")
+    loaders = _LOADERS[runtime]
     if path.suffix not in loaders:
         raise ValueError(f"path must end in one of {list(loaders)}, got {path.name!r}")
     if not path.is_file():
         raise FileNotFoundError(
             f"path must be a file, got {str(path)!r}, which does not exist (seen from {Path.cwd()})"
         )
-    return loaders[path.suffix](path, threads)
-
-
-def _load_edge(path: Path, threads: int, *, max_bytes: int) -> Session:
+    load = loaders[path.suffix]
+    if path.suffix != ".edge":
+        return load(path, path, threads)  # by its path: tensors may lie in files beside it
     model = onnx_bytes(path, max_bytes=max_bytes)
     try:
-        return _onnxruntime(model, path, threads)
+        return load(model, path, threads)
     except ValueError as error:
         raise EdgeFormatError(str(error), offset=0) from error
 
 
-def _load_onnx(path: Path, threads: int) -> Session:
-    return _onnxruntime(str(path), path, threads)  # by its path: tensors may lie in files beside it
-
-
-def _onnxruntime(model: bytes | str, path: Path, threads: int) -> Session:
+def _onnxruntime(model: bytes | Path, path: Path, threads: int) -> Session:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:  # its exceptions have no common class
         raise ValueError(f"onnxruntime must be able to load {path}, got: {error}") from error
     inputs = [
@@ -145,7 +144,46 @@ def _onnxruntime(model: bytes | str, path: Path, threads: int) -> Session:
     )
 
 
-def _load_pte(path: Path, threads: int) -> Session:
+def _openvino(model: bytes | Path, path: Path, threads: int) -> Session:
+    try:
+        import openvino
+    except ImportError as error:
+        message = f"OpenVINO must be installed to run {path.name} in it: pip install 'lightning-edge[openvino]'"
+        raise ImportError(message) from error
+    core = openvino.Core()
+    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    options["INFERENCE_PRECISION_HINT"] = "f32"  # processors with bf16 would compute a float network in that
+    try:
+        read = core.read_model(io.BytesIO(model) if isinstance(model, bytes) else model)
+        compiled = core.compile_model(read, "CPU", options)
+    except RuntimeError as error:
+        raise ValueError(f"OpenVINO must be able to load {path}, got: {error}") from error
+    inputs = [
+        InputInfo(
+            port.get_any_name(),
+            tuple(size.get_length() if size.is_static else None for size in port.partial_shape),
+            np.dtype(port.element_type.to_dtype()).name,
+        )
+        for port in compiled.inputs
+    ]
+    request = compiled.create_infer_request()
+
+    def run(arrays: Sequence[Array]) -> Sequence[Array]:
+        outputs = request.infer(list(arrays))
+        # A copy: the next call writes its outputs to the same memory.
+        return [np.array(outputs[port]) for port in compiled.outputs]
+
+    return Session(
+        run,
+        path=path,
+        runtime=f"OpenVINO {openvino.__version__}",
+        threads=threads,
+        inputs=inputs,
+        outputs=[port.get_any_name() for port in compiled.outputs],
+    )
+
+
+def _executorch(model: bytes | Path, path: Path, threads: int) -> Session:
     try:
         import torch
 
@@ -159,7 +197,7 @@ def _load_pte(path: Path, threads: int) -> Session:
     from importlib.metadata import version
 
     _unsafe_reset_threadpool(threads)
-    program = Runtime.get().load_program(path)
+    program = Runtime.get().load_program(model)
     method = program.load_method("forward")
     metadata = method.metadata
     tensors = [metadata.input_tensor_meta(index) for index in range(metadata.num_inputs())]
@@ -205,6 +243,10 @@ def _names(program: Any, method: str) -> list[str]:
     return [name for name in str(joined).split(",") if name]
 
 
+_LOADERS: dict[str | None, dict[str, Callable[[bytes | Path, Path, int], Session]]] = {
+    None: {".edge": _onnxruntime, ".onnx": _onnxruntime, ".pte": _executorch},
+    "openvino": {".edge": _openvino, ".onnx": _openvino},
+}
 _TORCH_CODES = {
     0: "uint8",
     1: "int8",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_edge.callbacks.base import SHARDING, callbacks_of
 from lightning_edge.callbacks.export import ExportArtifacts
-from lightning_edge.callbacks.inputs import NetworkInputs, training_calls
+from lightning_edge.callbacks.inputs import NetworkInputs, check_has_forward, training_calls
 from lightning_edge.callbacks.quantization import QuantizationAwareTraining
 from lightning_edge.surgery.bias_correction import correct_bias_
 from lightning_edge.surgery.calibration import BATCHES, calibrate_
@@ -78,6 +78,7 @@ class PostTrainingQuantization(L.Callback):
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise a ValueError if there is nothing to quantize, or ``keep`` matches no layer."""
+        check_has_forward(network)
         select_weights(network, exclude=self.keep)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -92,6 +93,12 @@ class PostTrainingQuantization(L.Callback):
             )
         self.check(find_network(pl_module, self.network), max_epochs=trainer.max_epochs or 0)
         others = callbacks_of(trainer)
+        twins = [other for other in others if isinstance(other, PostTrainingQuantization)]
+        if [other.state_key for other in twins].count(self.state_key) > 1:
+            raise ValueError(
+                f"callbacks must quantize a network once, got {len(twins)} PostTrainingQuantization for network="
+                f"{self.network!r}: leave one of them out"
+            )
         if any(isinstance(other, QuantizationAwareTraining) for other in others):
             raise ValueError(
                 "callbacks must quantize once, got PostTrainingQuantization beside QuantizationAwareTraining, whose"

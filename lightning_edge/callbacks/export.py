@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_edge.artifact import load_artifact
-from lightning_edge.callbacks.inputs import call_in_step, labels_of
+from lightning_edge.callbacks.inputs import call_in_step, check_has_forward, labels_of
 from lightning_edge.export import export
 from lightning_edge.export.verification import ArtifactMismatchError, LabelledInputs, Verification, verify
 from lightning_edge.surgery.calls import Arguments
@@ -94,6 +94,7 @@ class ExportArtifacts(L.Callback):
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise a ValueError if a format needs what is not installed."""
+        check_has_forward(network)
         if "pte" in self.formats and find_spec("executorch") is None:
             raise ValueError('formats must not hold "pte" without ExecuTorch: pip install "lightning-edge[executorch]"')
 

@@ -111,6 +111,19 @@ class NetworkInputs:
             self._handle = None
 
 
+def check_has_forward(network: nn.Module) -> None:
+    """Raise a ValueError if the network cannot be called: a module of several children that has no ``forward``.
+
+    >>> check_has_forward(nn.ReLU())
+    """
+    if type(network).forward in (nn.Module.forward, L.LightningModule.forward):
+        children = [name for name, child in network.named_children() if any(True for _ in child.parameters())]
+        raise ValueError(
+            f"network must have a forward, got {type(network).__name__}, which has none: name the child that is the"
+            f" network by network=, one of {children}"
+        )
+
+
 def call_in_step(
     pl_module: L.LightningModule, network: nn.Module, step: str, batch: Any, *, loader: int = 0
 ) -> Arguments:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from lightning_edge.export.delegates import use_delegated_operators_
 from lightning_edge.export.signature import flatten_
 from lightning_edge.surgery.calls import as_arguments, two_rows
 from lightning_edge.surgery.capture import keep_random_state
+from lightning_edge.surgery.post_training import SCHEME
 from lightning_edge.surgery.quantization import deployed
 
 MAX_BATCH = 64
+_SIZE = "aten::sym_size.int"
 
 
 def to_executorch(module: nn.Module, example_inputs: Any) -> bytes:
@@ -28,24 +31,35 @@ def to_executorch(module: nn.Module, example_inputs: Any) -> bytes:
         module: The network, plain or captured by :func:`~lightning_edge.surgery.quantization.capture_`; not changed.
         example_inputs: As :func:`~lightning_edge.export.onnx.to_onnx` takes them.
 
+    Warns:
+        UserWarning: If operators are left that XNNPACK does not run, with their names.
+
     Raises:
         ImportError: If ExecuTorch is not installed.
         ValueError: If the network cannot be traced, or its observers have seen no data.
     """
     inputs = two_rows(as_arguments(module, example_inputs)).first(MAX_BATCH)
     graph_module = deployed(module, inputs, split_norms=False)
-    _spell_out_strides(graph_module)
+    use_delegated_operators_(graph_module)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = tuple({0: batch} if value.ndim and len(value) == inputs.rows else None for value in inputs.tensors)
     names = dict(zip(("input_names", "output_names"), flatten_(graph_module, inputs), strict=True))
     names["batched_inputs"] = tuple(name for name, sizes in zip(names["input_names"], shapes, strict=True) if sizes)
     with _quiet(), keep_random_state():
-        return _lower(graph_module, tuple(inputs.tensors), shapes, names)
+        program, left = _lower(graph_module, tuple(inputs.tensors), shapes, names)
+    if left and vars(module).get(SCHEME) in (None, "int8_static"):
+        warnings.warn(
+            f"every operator must run in XNNPACK to be fast, got {left} that it leaves to portable kernels, in"
+            f" {type(module).__name__}",
+            stacklevel=2,
+        )
+    return program
 
 
 def _lower(
     graph_module: GraphModule, inputs: tuple[Tensor, ...], shapes: tuple[object, ...], names: dict[str, tuple[str, ...]]
-) -> bytes:
+) -> tuple[bytes, list[str]]:
+    """Return the program, and the operators in it that XNNPACK does not run."""
     try:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
@@ -59,15 +73,9 @@ def _lower(
         constants = {name: ",".join(values) for name, values in names.items()}
         program = torch.export.export(graph_module, inputs, dynamic_shapes=shapes)
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
-        return bytes(lowered.to_executorch().buffer)
-
-
-def _spell_out_strides(graph_module: GraphModule) -> None:
-    """Give pools without a stride, for which torch takes the kernel's size, that size: XNNPACK's partitioner asks."""
-    for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.max_pool2d.default):
-        if len(node.args) < 3 or not node.args[2]:
-            node.args = (*node.args[:2], node.args[1], *node.args[3:])
-    graph_module.recompile()
+        nodes = [node for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
+        left = sorted({node.target.name() for node in nodes if hasattr(node.target, "_schema")} - {_SIZE})
+        return bytes(lowered.to_executorch().buffer), left
 
 
 @contextmanager

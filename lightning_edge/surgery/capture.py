@@ -2,9 +2,11 @@
 
 import copy
 import inspect
+import io
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,9 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten
 
 from lightning_edge.surgery.calls import Arguments, as_arguments, two_rows
+from lightning_edge.surgery.capture_errors import capture_refusal
 
 GUARDS = "_guards_fn"  # torch.export's check of the input sizes
-_ADVICE = (
-    "It must be free of control flow that depends on values of tensors, and take a batch of any size. "
-    "Rewrite that part with tensor operations (torch.where), or choose another network= that leaves it out."
-)
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,15 @@ def training_flags(network: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def _no_graph_in_the_log() -> Iterator[None]:
+    """Keep back the graph that torch prints where it cannot go on; the error says where that is."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        yield
+    sys.stderr.write(said.getvalue())  # of the network's own, if all went well
+
+
 def export_graph(network: nn.Module, example_inputs: Any, *, training: bool) -> GraphModule:
     """Return the network as a graph of ATen operators with a dynamic batch dimension.
 
@@ -67,7 +75,7 @@ def export_graph(network: nn.Module, example_inputs: Any, *, training: bool) -> 
         A graph whose parameters and buffers are the network's own objects, under its names.
 
     Raises:
-        ValueError: If the network cannot be traced; the cause is chained.
+        ValueError: If the network cannot be traced, with the layer and the line; the cause is chained.
 
     >>> export_graph(nn.Linear(2, 3), (torch.zeros(4, 2),), training=False)(torch.zeros(7, 2)).shape
     torch.Size([7, 3])
@@ -76,14 +84,11 @@ def export_graph(network: nn.Module, example_inputs: Any, *, training: bool) -> 
     batch = torch.export.Dim("batch", min=1)
     sizes = inputs.batched(lambda _: {0: batch})
     try:
-        with training_flags(network, training):
+        with training_flags(network, training), _no_graph_in_the_log():
             program = torch.export.export(network, (*inputs,), {**inputs.named}, dynamic_shapes=_bind(network, sizes))
             graph = program.module()
     except Exception as error:
-        cause = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(
-            f"{type(network).__name__} cannot be captured as a graph: {cause[0].rstrip('.')}. {_ADVICE}"
-        ) from error
+        raise ValueError(capture_refusal(error, network)) from error
     assert isinstance(graph, GraphModule)
     _check_shared(network, graph)
     return graph

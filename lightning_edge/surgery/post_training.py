@@ -21,8 +21,8 @@ FILES: dict[str, tuple[str, ...]] = {
     "int8_dynamic": (".onnx", ".edge"),
     "int8_weight_only": (".onnx", ".pte", ".edge"),
     "int4_weight_only": (".onnx", ".pte", ".edge"),
-    "fp16": (".onnx", ".pte", ".edge"),
-    "bf16": (".onnx", ".pte", ".edge"),
+    "fp16": (".onnx", ".edge"),
+    "bf16": (".onnx", ".edge"),
 }
 """The schemes, and the files that each can be exported to."""
 SCHEME = "quantization_scheme"
@@ -53,7 +53,7 @@ def quantize(
       int4 with one for each ``group_size`` weights, by torchao; computation in float32. An ``.onnx`` stores a byte or
       half a byte of each; onnxruntime unpacks them as it loads, ExecuTorch at every call, which is slow.
     * ``"fp16"``, ``"bf16"``: weights rounded to that precision, computation in float32; an ``.onnx`` and a ``.edge``
-      store two bytes of each.
+      store two bytes of each. A ``.pte`` would store four, and is refused.
 
     :data:`FILES` says which scheme can be exported to which file.
 

@@ -11,6 +11,7 @@ from lightning_edge.surgery.batchnorm import scale_and_shift_, scale_weights_
 from lightning_edge.surgery.capture import capture, export_graph, keep_random_state
 from lightning_edge.surgery.captured import CapturedNetwork, WeightBits
 from lightning_edge.surgery.fakequant import insert_fake_quantizers_, remove_training_
+from lightning_edge.surgery.pooling import keep_positions_
 from lightning_edge.surgery.quantizers import WEIGHT_BITS
 from lightning_edge.surgery.selection import select_layers
 
@@ -58,7 +59,8 @@ def capture_(
     """
     if isinstance(vars(network).get("forward"), CapturedNetwork):
         raise ValueError(
-            f"network must be a plain one, got a {type(network).__name__} that is captured already: release_ it first"
+            f"network must be a plain one, got a {type(network).__name__} that is quantized already:"
+            " lightning_edge.release_(network) puts its plain forward back"
         )
     # Lightning evaluates in inference mode, in which a checkpoint that is tested is captured: what is made there could
     # never be trained.
@@ -140,11 +142,14 @@ def deployed(network: nn.Module, example_inputs: Any, *, split_norms: bool = Tru
     torch.Size([5, 3])
     """
     if isinstance(vars(network).get("forward"), CapturedNetwork):
-        return convert(network)
+        graph_module = convert(network)
+        keep_positions_(graph_module)
+        return graph_module
     graph_module = export_graph(network, example_inputs, training=False)
     if split_norms:
         scale_and_shift_(graph_module)
     remove_training_(graph_module)
+    keep_positions_(graph_module)
     graph_module.training = False
     return graph_module
 

@@ -43,6 +43,11 @@ class QuantizationSensitivityReport:
         drop = self.dense - value if self.higher_is_better else value - self.dense
         return math.inf if math.isnan(drop) else drop
 
+    @property
+    def ranked(self) -> tuple[str, ...]:
+        """The layers, most sensitive first."""
+        return tuple(row.layer for row in sorted(self.rows, key=lambda row: -self.drop(row.value)))
+
     def keep(self, max_drop: float) -> tuple[str, ...]:
         """Return the layers to keep in float so that the metric is at most about ``max_drop`` worse than dense.
 
@@ -66,11 +71,20 @@ class QuantizationSensitivityReport:
             raise ValueError(f"max_drop must be at least 0, got {max_drop}: how much worse than dense it may be")
         if self.drop(self.quantized) <= max_drop:
             return ()
-        ranked = sorted(self.rows, key=lambda row: -self.drop(row.value))
-        for count in range(1, len(ranked)):
-            if sum(max(0.0, self.drop(row.value)) for row in ranked[count:]) <= max_drop:
-                return tuple(row.layer for row in ranked[:count])
-        return tuple(row.layer for row in ranked)
+        costs = {row.layer: max(0.0, self.drop(row.value)) for row in self.rows}
+        for count in range(1, len(self.ranked)):
+            if sum(costs[layer] for layer in self.ranked[count:]) <= max_drop:
+                return self.ranked[:count]
+        return self.ranked
+
+
+@dataclass(frozen=True)
+class KeptLayers:
+    """Layers to keep in float, and the metric that was measured with them."""
+
+    keep: tuple[str, ...]
+    """What ``keep=`` of ``quantize`` and of the callbacks takes, most sensitive first."""
+    value: float
 
 
 def quantization_sensitivity(
@@ -134,6 +148,41 @@ def quantization_sensitivity(
             _write(kept, header, known)
     rows = tuple(known[layer] for layer in layers)
     return QuantizationSensitivityReport(rows, dense, quantized, higher_is_better)
+
+
+def layers_to_keep(
+    report: QuantizationSensitivityReport, measure: Callable[[tuple[str, ...]], float], *, max_drop: float
+) -> KeptLayers:
+    """Return as few layers to keep in float as it takes, by what is measured with all of them kept together.
+
+    The estimate of :meth:`QuantizationSensitivityReport.keep` is measured; while the metric is still too far from the
+    dense one, the next layer is kept too.
+
+    Args:
+        report: From :func:`quantization_sensitivity`.
+        measure: From the layers kept to the metric, for example
+            ``lambda keep: evaluate(quantize(network, calibration, keep=keep))``.
+        max_drop: How much worse than dense the metric may be, in its own unit, at least 0.
+
+    Raises:
+        ValueError: If ``max_drop`` is negative, or a single layer in int8 already costs more.
+
+    >>> rows = tuple(QuantizationSensitivityRow(name, 9, value) for name, value in [("a", 0.2), ("b", 0.4), ("c", 0.1)])
+    >>> report = QuantizationSensitivityReport(rows, dense=0.1, quantized=0.5)
+    >>> layers_to_keep(report, lambda keep: 0.4 - 0.15 * len(keep), max_drop=0.1)
+    KeptLayers(keep=('b', 'a'), value=0.10000000000000003)
+    """
+    count = len(report.keep(max_drop))
+    while count < len(report.ranked):
+        kept = report.ranked[:count]
+        value = measure(kept) if kept else report.quantized
+        if report.drop(value) <= max_drop:
+            return KeptLayers(kept, value)
+        count += 1
+    raise ValueError(
+        f"max_drop must be what int8 in one layer costs, or more, got {max_drop}: even with all layers but"
+        f" {report.ranked[-1]!r} in float it is exceeded"
+    )
 
 
 def _write(path: Path | None, header: dict[str, float], known: dict[str, QuantizationSensitivityRow]) -> None:

@@ -220,3 +220,34 @@ def test_a_device_without_torch_and_onnx_runs_a_file_and_inspects_it(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert np.array_equal(np.load(tmp_path / "y.npy"), expected)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "edge"])
+def test_openvino_runs_the_files_of_onnxruntime(tmp_path, suffix):
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    model, arrays = convolutional()
+    pack(model, tmp_path / "net.edge")
+    onnx.save(model, tmp_path / "net.onnx")
+    session = load_artifact(tmp_path / f"net.{suffix}", runtime="openvino", threads=1)
+    assert session.runtime.startswith("OpenVINO 20")
+    (item,) = session.inputs
+    assert (item.name, item.shape, item.dtype, session.outputs) == (
+        "image",
+        (None, 1, 4, 4),
+        "float32",
+        ("logits", "features"),
+    )
+    expected = run(model.SerializeToString(), arrays)
+    first = session(*arrays)
+    session(*(array + 1 for array in arrays))  # what was returned before stays
+    for found, wanted in zip(first, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_openvino_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    path = pack(convolutional()[0], tmp_path / "net.edge").path
+    with pytest.raises(ImportError, match=r"pip install 'lightning-edge\[openvino\]'"):
+        load_artifact(path, runtime="openvino")
+    with pytest.raises(ValueError, match=r"runtime must be one of \[None, 'openvino'\], got 'tflite'"):
+        load_artifact(path, runtime="tflite")

@@ -1,6 +1,7 @@
 import json
 import math
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -217,3 +218,22 @@ def test_a_step_that_does_not_call_the_network_is_told_so(fit, tmp_path, task_cl
 
     with pytest.raises(ValueError, match="validation_step of Around must call the network, a Sequential, got no call"):
         fit(ExportArtifacts(tmp_path / "out", formats=["onnx"]), task=Around(), epochs=1)
+
+
+@pytest.mark.parametrize("callback", [PostTrainingQuantization, lambda: ExportArtifacts("out")])
+def test_children_without_a_forward_are_named_before_any_training(fit, callback):
+    class Parts(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = nn.Linear(64, 8), nn.Linear(8, 10)
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self.head(self.encoder(batch[0].flatten(1))), batch[1])
+
+        validation_step = training_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    with pytest.raises(ValueError, match=r"network must have a forward, got Parts.*one of \['encoder', 'head'\]"):
+        fit(callback(), task=Parts())

@@ -1,13 +1,17 @@
 import sys
 import warnings
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_edge import load_artifact, quantize
 from lightning_edge.export import export
 from lightning_edge.export.executorch import MAX_BATCH, to_executorch
+from lightning_edge.models.resnet import CifarResNet
 from lightning_edge.surgery.quantization import capture_, convert
 
 
@@ -143,3 +147,65 @@ def test_everything_but_the_reshape_runs_in_xnnpack(quantized):
 def test_exporting_twice_gives_the_same_bytes(quantized, images):
     net, program = quantized
     assert to_executorch(net, (images[:1],)) == program
+
+
+class Mobile(nn.Module):
+    """Depthwise-separable convolutions with ReLU6, a residual sum, two average pools, a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.expand = self.layer(1, 8, 3), self.layer(8, 16, 1)
+        self.depthwise = self.layer(16, 16, 3, groups=16)
+        self.project = nn.Sequential(nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.fc = nn.Linear(8, 4)
+
+    def layer(self, channels, width, size, groups=1):
+        convolution = nn.Conv2d(channels, width, size, padding=size // 2, groups=groups, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU6())
+
+    def forward(self, images):
+        x = self.stem(images)
+        x = F.avg_pool2d(x + self.project(self.depthwise(self.expand(x))), 2)
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
+NETWORKS = {"resnet": (lambda: CifarResNet(blocks=1), (8, 3, 32, 32)), "mobile": (Mobile, (8, 1, 8, 8))}
+
+
+@pytest.fixture(params=NETWORKS)
+def deployable(request):
+    make, shape = NETWORKS[request.param]
+    torch.manual_seed(0)
+    net, batch = make(), torch.randn(shape)
+    net(batch)
+    return net.eval(), batch
+
+
+@pytest.mark.parametrize("scheme", [None, "int8_static"])
+def test_whole_networks_are_one_partition_of_xnnpack(runtime, deployable, scheme, tmp_path):
+    net, batch = deployable
+    quantized = net if scheme is None else quantize(net, [batch], scheme=scheme)
+    session = load_artifact(export(quantized, tmp_path / "model.pte", example_inputs=(batch,)))  # a warning is an error
+    with torch.no_grad():
+        expected = (quantized if scheme is None else convert(quantized))(batch)
+    torch.testing.assert_close(torch.from_numpy(session(batch.numpy())), expected, rtol=1e-3, atol=1e-3)
+    program = (tmp_path / "model.pte").read_bytes()
+    assert program.count(b"XnnpackBackend") == 1
+
+
+def test_every_layer_sum_and_pool_of_whole_networks_is_an_integer_kernel_of_onnxruntime(deployable, tmp_path):
+    net, batch = deployable
+    path = export(quantize(net, [batch]), tmp_path / "model.onnx", example_inputs=(batch,))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert (operators.count("QuantizeLinear"), operators.count("DequantizeLinear")) == (1, 1)
+    floats = {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "AveragePool", "GlobalAveragePool", "ReduceMean", "Clip"}
+    assert not floats & set(operators)
+
+
+def test_operators_that_xnnpack_leaves_are_named(runtime, images):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Softplus())
+    with pytest.warns(UserWarning, match=r"every operator must run in XNNPACK to be fast, got \['aten::softplus"):
+        to_executorch(net, (images,))

@@ -78,12 +78,12 @@ def test_a_call_is_cut_off_and_the_hook_is_gone():
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("suffix", ["onnx", "pte", "edge"])
-@pytest.mark.parametrize("scheme", ["fp16", "int8_static"])
+@pytest.mark.parametrize("scheme", [None, "int8_static"])
 def test_files_take_the_tensors_one_by_one_under_their_names(call, suffix, scheme, tmp_path):
     if suffix == "pte":
         pytest.importorskip("executorch")
     torch.manual_seed(0)
-    network = quantize(Many(), [CALLS[call]], scheme=scheme)
+    network = Many().eval() if scheme is None else quantize(Many(), [CALLS[call]], scheme=scheme)
     path = export(network, tmp_path / f"model.{suffix}", example_inputs=CALLS[call])
     session = load_artifact(path)
     tensors = as_arguments(network, CALLS[call]).tensors

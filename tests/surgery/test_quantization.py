@@ -397,7 +397,7 @@ def test_control_flow_on_values_is_refused_with_its_cause(capfd):
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(ValueError, match=r"Branch cannot be captured as a graph: .*data-dependent.*torch\.where"):
+    with pytest.raises(ValueError, match=r"Branch cannot be captured as a graph.*data-dependent.*torch\.where"):
         capture_(Branch(), (torch.zeros(2, 2),))
 
 
@@ -413,7 +413,7 @@ def test_misuse_is_refused(network, images):
     with pytest.raises(ValueError, match="must be captured, got a plain Net"):
         convert(network)
     captured = capture_(network, (images,))
-    with pytest.raises(ValueError, match="captured already: release_ it first"):
+    with pytest.raises(ValueError, match=r"quantized already: lightning_edge\.release_\(network\)"):
         capture_(network, (images,))
     with pytest.raises(ValueError, match=r"before they are converted, got none at \['images'"):
         convert(network)

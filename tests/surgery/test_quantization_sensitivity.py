@@ -7,8 +7,10 @@ from torch import nn
 
 from lightning_edge import quantize
 from lightning_edge.surgery.quantization_sensitivity import (
+    KeptLayers,
     QuantizationSensitivityReport,
     QuantizationSensitivityRow,
+    layers_to_keep,
     quantization_sensitivity,
 )
 
@@ -88,3 +90,26 @@ def test_a_layer_whose_metric_is_no_number_is_kept_first():
     assert report.keep(1.0) == ("b",)
     with pytest.raises(ValueError, match="max_drop must be at least 0"):
         report.keep(-0.1)
+
+
+def test_layers_are_kept_until_what_is_measured_with_them_fits():
+    network = uneven()
+    report, measured = report_of(network), []
+
+    def measure(keep):
+        measured.append(keep)
+        return distance(quantize(network, digits(), keep=keep), network)
+
+    chosen = layers_to_keep(report, measure, max_drop=0.2 * report.quantized)
+    assert chosen.keep == report.ranked[: len(chosen.keep)] == measured[-1]
+    assert chosen.value == measure(chosen.keep) <= 0.2 * report.quantized
+    assert layers_to_keep(report, measure, max_drop=report.quantized).keep == ()
+
+
+def test_the_estimate_is_extended_by_the_next_layer_and_an_end_is_said():
+    report = QuantizationSensitivityReport(rows(0.1, 0.3, 0.2), dense=0.0, quantized=0.6)
+    assert report.keep(0.31) == ("b",)
+    chosen = layers_to_keep(report, lambda keep: 0.5 if len(keep) < 2 else 0.25, max_drop=0.31)
+    assert chosen == KeptLayers(("b", "c"), 0.25)
+    with pytest.raises(ValueError, match="max_drop must be what int8 in one layer costs, or more, got 0.31: even with"):
+        layers_to_keep(report, lambda keep: 1.0, max_drop=0.31)

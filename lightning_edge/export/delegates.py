@@ -1,0 +1,109 @@
+"""A network's graph in the operators that XNNPACK runs: what it knows under another name is written so."""
+
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from lightning_edge.surgery.batchnorm import new_constant
+
+_aten = torch.ops.aten
+_qd = torch.ops.quantized_decomposed
+
+
+def use_delegated_operators_(graph_module: GraphModule) -> None:
+    """Rewrite what XNNPACK's partitioner leaves to portable kernels, at the cost of a copy and of a further partition.
+
+    * Every second row or column (the shortcut of ResNet's option A) is a depthwise convolution of 1 x 1 with a stride.
+    * Average pools are global means, or depthwise convolutions of ones where they are quantized.
+    * A flattening says its size, not that of the batch; max pools say their stride.
+
+    The numbers stay the same, integers too: the weights are ones.
+    """
+    rewrites: dict[object, Callable[[GraphModule, Node], None]] = {
+        _aten.slice.Tensor: _stride,
+        _aten.avg_pool2d.default: _pool,
+        _aten.flatten.using_ints: _flatten,
+        _aten.max_pool2d.default: _spell_out_stride,
+    }
+    for node in list(graph_module.graph.nodes):
+        if node.target in rewrites:
+            rewrites[node.target](graph_module, node)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def _spell_out_stride(_: GraphModule, node: Node) -> None:
+    if len(node.args) < 3 or not node.args[2]:
+        node.args = (*node.args[:2], node.args[1], *node.args[3:])
+
+
+def _flatten(_: GraphModule, node: Node) -> None:
+    shape = node.meta["val"].shape
+    if node.args[1:] == (1,) and all(isinstance(size, int) for size in shape[1:]):
+        node.target, node.args = _aten.view.default, (node.args[0], [-1, *shape[1:]])
+
+
+def _pool(graph_module: GraphModule, node: Node) -> None:
+    source, kernel, stride, padding, ceil, counts_padding, divisor = (*node.args, *(None,) * 6)[:7]
+    kernel = _pair(kernel)
+    stride, padding = _pair(stride or kernel), _pair(padding or 0)
+    before = source.meta.get("val") if isinstance(source, Node) else None  # type: ignore[union-attr]
+    if ceil or divisor or node.meta["val"].ndim != 4 or (any(padding) and counts_padding is False):
+        return
+    if tuple(node.meta["val"].shape[2:]) == (1, 1) and before is not None and [*before.shape[2:]] == kernel:
+        node.target, node.args = _aten.mean.dim, (source, [2, 3], True)
+    elif _is_dequantized(source):
+        _convolve(graph_module, node, 1 / math.prod(kernel), kernel=kernel, stride=stride, padding=padding)
+    else:
+        node.args = (source, kernel, stride, padding, False, bool(any(padding)))
+
+
+def _stride(graph_module: GraphModule, node: Node) -> None:
+    source, axis, start, end, step = (*node.args, *(0, 0, sys.maxsize, 1)[len(node.args) - 1 :])
+    value = node.meta["val"]
+    if start not in (0, None) or (end is not None and end < sys.maxsize):
+        return
+    if step == 1:
+        node.replace_all_uses_with(source)
+    elif value.ndim == 4 and axis in (2, 3) and value.is_floating_point():
+        stride = [step if axis == index else 1 for index in (2, 3)]
+        _convolve(graph_module, node, 1.0, kernel=[1, 1], stride=stride, padding=[0, 0])
+
+
+def _convolve(
+    graph_module: GraphModule, node: Node, factor: float, *, kernel: list[int], stride: list[int], padding: list[int]
+) -> None:
+    """Make the node a depthwise convolution with the same weight everywhere."""
+    channels = int(node.meta["val"].shape[1])
+    with graph_module.graph.inserting_before(node):
+        weight = _weight(graph_module, node, torch.ones(channels, 1, *kernel), factor)
+    node.args = (node.args[0], weight, None, stride, padding, [1, 1], channels)
+    node.target = _aten.conv2d.default
+
+
+def _weight(graph_module: GraphModule, node: Node, ones: Tensor, factor: float) -> Node:
+    if not _is_dequantized(node.args[0]):
+        return new_constant(graph_module, f"{node.name}_weight", ones * factor)
+    constants = [
+        new_constant(graph_module, f"{node.name}_{part}", tensor)
+        for part, tensor in (
+            ("int8", ones.to(torch.int8)),
+            ("scale", torch.full((len(ones),), factor)),
+            ("zero_point", torch.zeros(len(ones), dtype=torch.int64)),
+        )
+    ]
+    limits = (0, -127, 127, torch.int8)
+    return graph_module.graph.call_function(_qd.dequantize_per_channel.default, (*constants, *limits))
+
+
+def _is_dequantized(value: object) -> bool:
+    return isinstance(value, Node) and value.target is _qd.dequantize_per_tensor.default
+
+
+def _pair(value: object) -> list[int]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [*values] * (2 // len(values))
