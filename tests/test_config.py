@@ -200,7 +200,7 @@ def test_what_teaches_changes_the_hash_but_not_where_the_run_is():
 
 
 def test_a_moving_average_and_an_earlier_student_teach_any_recipe():
-    average = compose(["recipe=int8", "distillation=ema", "distillation.teacher.decay=0.9"])
+    average = compose(["recipe=qat_int8", "distillation=ema", "distillation.teacher.decay=0.9"])
     check(average)
     assert instantiate(average.distillation.teacher) == MovingAverage(0.9)
     earlier = compose(["recipe=edge_tiny", "distillation=checkpoint", "distillation.teacher=last.ckpt"])

@@ -93,12 +93,6 @@ class PostTrainingQuantization(L.Callback):
             )
         self.check(find_network(pl_module, self.network), max_epochs=trainer.max_epochs or 0)
         others = callbacks_of(trainer)
-        twins = [other for other in others if isinstance(other, PostTrainingQuantization)]
-        if [other.state_key for other in twins].count(self.state_key) > 1:
-            raise ValueError(
-                f"callbacks must quantize a network once, got {len(twins)} PostTrainingQuantization for network="
-                f"{self.network!r}: leave one of them out"
-            )
         if any(isinstance(other, QuantizationAwareTraining) for other in others):
             raise ValueError(
                 "callbacks must quantize once, got PostTrainingQuantization beside QuantizationAwareTraining, whose"
