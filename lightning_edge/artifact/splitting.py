@@ -76,8 +76,9 @@ def _take_out_constants(model: "ModelProto") -> None:
     outputs = {item.name for item in model.graph.output}
     for node in list(model.graph.node):
         value = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
-        is_constant = node.op_type == "Constant" and value is not None and node.output[0] not in outputs
-        if is_constant and value.ByteSize() > _LARGE_BYTES:
+        if node.op_type != "Constant" or value is None or node.output[0] in outputs:
+            continue
+        if value.ByteSize() > _LARGE_BYTES:
             taken = model.graph.initializer.add()
             taken.CopyFrom(value)
             taken.name = node.output[0]

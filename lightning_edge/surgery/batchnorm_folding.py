@@ -69,6 +69,10 @@ def fold_batch_norms_(module: nn.Module, *, example_inputs: tuple[Tensor, ...]) 
 def _fold_(layer: nn.Module, norm: _BatchNorm) -> None:
     weight, bias = layer.weight, layer.bias
     mean, variance = norm.running_mean, norm.running_var
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    assert mean is not None
+    assert variance is not None
     scale = norm.weight / torch.sqrt(variance + norm.eps)
     weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))
     if bias is not None:
