@@ -9,8 +9,6 @@ Run: python benchmarks/deep_compression_mnist.py --data mnist.npz
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from results import markdown, write_section
+from runs import run_recipe
 
 from lightning_edge.artifact import Inspection, inspect
 
@@ -52,22 +51,17 @@ CLAIMS = {
 
 def run(recipe: str, model: str, seed: int, *, data: Path, folder: Path) -> None:
     """Run the recipe from the command line, or go on with it."""
-    if (folder / "report.json").exists():
-        return
-    new = [
-        f"recipe={recipe}",
-        f"model={model}",
-        "data=mnist",
-        f"data.path={data}",
-        f"seed={seed}",
-        "trainer.enable_progress_bar=false",
-        *CLAIMS[recipe].overrides.get(model, ()),
-        f"hydra.run.dir={folder}",
-    ]
-    started = (folder / "last.ckpt").exists() or (folder / "baseline").exists()
-    arguments = [f"resume={folder}"] if started else new
-    print(model, seed, *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "lightning_edge", *arguments], check=True)
+    run_recipe(
+        folder,
+        [
+            f"recipe={recipe}",
+            f"model={model}",
+            "data=mnist",
+            f"data.path={data}",
+            f"seed={seed}",
+            *CLAIMS[recipe].overrides.get(model, ()),
+        ],
+    )
 
 
 def layers(contents: Inspection) -> list[dict[str, str]]:

@@ -10,13 +10,12 @@ exported networks (nothing else should run then). Fine-tuning is by the labels a
 
 import argparse
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from results import markdown, write_section
+from runs import run_recipe
 
 from lightning_edge import load_artifact
 from lightning_edge.data import CIFAR10DataModule
@@ -27,7 +26,6 @@ COMMON = (
     "data=cifar10",
     "data.validation_from=test",
     "trainer.precision=bf16-mixed",
-    "trainer.enable_progress_bar=false",
     "distillation=self",
 )
 EPOCHS = 5
@@ -87,13 +85,8 @@ ENTRIES = (
 
 def run(entry: Entry, *, data: Path, weights: Path, folder: Path) -> None:
     """Run one recipe from the command line, or go on with it."""
-    if (folder / "report.json").exists():
-        return
-    paths = (f"data.path={data}", f"baseline={weights}", f"hydra.run.dir={folder}")
-    new = [*entry.overrides, f"trainer.max_epochs={EPOCHS}", *COMMON, *paths]
-    arguments = [f"resume={folder}"] if (folder / "last.ckpt").exists() else new
-    print(entry.name, *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "lightning_edge", *arguments], check=True)
+    paths = (f"data.path={data}", f"baseline={weights}")
+    run_recipe(folder, [*entry.overrides, f"trainer.max_epochs={EPOCHS}", *COMMON, *paths])
 
 
 def right(path: Path, data: CIFAR10DataModule) -> list[torch.Tensor]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_edge.surgery.quantization_sensitivity import layers_to_keep, quantization_sensitivity
     from lightning_edge.surgery.sensitivity import sensitivity
     from lightning_edge.surgery.sharing import share_weights_
+    from lightning_edge.surgery.widths import load_widths_
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "export",
     "layers_to_keep",
     "load_artifact",
+    "load_widths_",
     "pack",
     "prune_",
     "quantization_sensitivity",
@@ -83,6 +85,7 @@ _HOMES = {
     "equalize_": "surgery.equalization",
     "layers_to_keep": "surgery.quantization_sensitivity",
     "load_artifact": "artifact",
+    "load_widths_": "surgery.widths",
     "pack": "artifact",
     "prune_": "surgery.pruning",
     "quantization_sensitivity": "surgery.quantization_sensitivity",
@@ -107,10 +110,16 @@ class _ExportPackage(ModuleType):
         *,
         example_inputs: "tuple[Any, ...] | Mapping[str, Any]",
         round_small: bool = True,
+        adaptive: bool = True,
         recipe_hash: str = "",
     ) -> "Path":
         written: Path = self.export(
-            module, path, example_inputs=example_inputs, round_small=round_small, recipe_hash=recipe_hash
+            module,
+            path,
+            example_inputs=example_inputs,
+            round_small=round_small,
+            adaptive=adaptive,
+            recipe_hash=recipe_hash,
         )
         return written
 

@@ -26,6 +26,7 @@ lightning-edge unpack FILE OUT                  write its ordinary .onnx or .saf
 lightning-edge inspect FILE                     print what is in a .edge file, tensor by tensor, and where its bytes go
 lightning-edge run FILE [INPUT.npy ...]         run a .edge, .onnx or .pte file, print its outputs and its latency
                    [--out OUT.npy|.npz] [--threads N] [--repeat N]
+unpack, inspect and run take --max-bytes N: refuse a .edge file that expands to more
 """
 _CALLS, _SECONDS = 100, 10.0
 """How often `run` calls a file that nobody said it of, and how long that may take."""
@@ -45,6 +46,8 @@ def file_command(arguments: Sequence[str]) -> int:
         ValueError: If a file is damaged, or does not fit.
         FileNotFoundError: If there is no such file.
     """
+    from lightning_edge.artifact.format import MAX_BYTES
+
     parser = argparse.ArgumentParser(prog="lightning-edge", usage=FILE_USAGE)
     commands = parser.add_subparsers(dest="command", required=True)
     added = {name: commands.add_parser(name, prog=f"lightning-edge {name}") for name in FILE_COMMANDS}
@@ -52,6 +55,9 @@ def file_command(arguments: Sequence[str]) -> int:
     added["pack"].add_argument("--no-adaptive", action="store_true", help="leave out what is slower to read in numpy")
     for name in ("unpack", "inspect", "run"):
         added[name].add_argument("file", type=Path)
+        added[name].add_argument(
+            "--max-bytes", type=int, default=MAX_BYTES, help="most that a .edge file may expand to (%(default)s)"
+        )
     for name in ("pack", "unpack"):
         added[name].add_argument("out", type=Path, help="the file to write")
     added["run"].add_argument("inputs", type=Path, nargs="*", metavar="INPUT.npy", help="one for each input, in order")
@@ -94,14 +100,14 @@ def _size_with_tensors_beside(path: Path) -> int:
 def _unpack(given: argparse.Namespace) -> None:
     from lightning_edge.artifact import unpack
 
-    path = unpack(given.file, given.out)
+    path = unpack(given.file, given.out, max_bytes=given.max_bytes)
     print(f"file: {path}, {path.stat().st_size:,} bytes")
 
 
 def _inspect(given: argparse.Namespace) -> None:
     from lightning_edge import artifact
 
-    print_contents(artifact.inspect(given.file))
+    print_contents(artifact.inspect(given.file, max_bytes=given.max_bytes))
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -114,7 +120,7 @@ def _run(given: argparse.Namespace) -> None:
         raise ValueError(f"out must end in .npy or .npz, got {given.out.name!r}")
     if given.repeat is not None and given.repeat < 1:
         raise ValueError(f"repeat must be at least 1, got {given.repeat}")
-    session = load_artifact(given.file, threads=given.threads)
+    session = load_artifact(given.file, threads=given.threads, max_bytes=given.max_bytes)
     rng = np.random.default_rng(0)
     arrays = [_read_array(path) for path in given.inputs] or [_random(item, rng) for item in session.inputs]
     try:

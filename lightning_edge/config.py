@@ -23,8 +23,7 @@ _NOT_IN_HASH = (
     "baseline",
     "resume",
     "data.path",
-    "distillation.teacher",  # a path; what teaches by itself is the dense baseline
-    "distillation.teacher.checkpoint",
+    "distillation.cache",
     "data.folder",
     "data.num_workers",
     "trainer.accelerator",
@@ -151,12 +150,13 @@ def teacher_stage(cfg: DictConfig) -> DictConfig | None:
 def recipe_hash(cfg: DictConfig) -> str:
     """Return sixteen hexadecimal digits that stand for everything that determines the result of a run.
 
-    Folders, host, devices, threads, loggers, progress bars and resume settings do not change it.
+    Folders, host, devices, threads, loggers, progress bars and resume settings do not change it. A teacher's file
+    counts by its content, not by its name.
 
     >>> recipe_hash(compose(["recipe=qat_int8"])) == recipe_hash(compose(["recipe=qat_int8", "threads=2"]))
     True
     """
-    leaves = dict(_leaves(cfg, ""))
+    leaves = {name: _content(name, value, cfg.output) for name, value in _leaves(cfg, "")}
     leaves["callbacks"] = [name for name in cfg.callbacks if not _is_circumstance(f"callbacks.{name}.")]  # their order
     return hashlib.sha256(json.dumps(leaves, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -183,6 +183,16 @@ def _leaves(node: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{name}.")
         elif not _is_circumstance(name):
             yield name, OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
+
+
+def _content(name: str, value: Any, output: str | None) -> Any:
+    """Return what defines a value: of a teacher's file its SHA-256, but of one that the run itself makes its name."""
+    if not name.startswith("distillation.teacher") or not isinstance(value, str):
+        return value
+    if value.startswith(f"{output}/"):
+        return value.removeprefix(f"{output}/")
+    path = Path(value).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else value
 
 
 def _folder(name: str) -> Path:

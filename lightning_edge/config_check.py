@@ -29,6 +29,11 @@ def check(cfg: DictConfig) -> None:
             f"callbacks must hold a technique or an export, got only {sorted(cfg.callbacks)}: choose a recipe"
             " (recipe=NAME), or name them (callbacks=[default,pruning,export])"
         )
+    if str(OmegaConf.to_container(cfg)["teacher"]) == "${larger}" and "larger" not in cfg:
+        raise ValueError(
+            f"model must name a larger network that can teach it, got {cfg.model.network._target_} without `larger` in"
+            " its file: choose another model, or another teacher (distillation=self, distillation=resnet56)"
+        )
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     _check_stage(cfg, prefix="")
     _check_stage(dense_stage(cfg), prefix="dense.")

@@ -19,6 +19,7 @@ from lightning_edge.callbacks.base import callbacks_of
 from lightning_edge.config import dense_stage, recipe_hash, teacher_stage
 from lightning_edge.export import export
 from lightning_edge.functional.energy import MacType
+from lightning_edge.modules import DistillationModule
 from lightning_edge.report import (
     EpochRecord,
     Report,
@@ -91,6 +92,8 @@ def _check(cfg: DictConfig) -> None:
     model = _taught(cfg, instantiate(cfg.model))
     instantiate(cfg.data)
     trainer = instantiate(cfg.trainer, logger=False)
+    if isinstance(model, DistillationModule) and trainer.max_epochs != -1:
+        model.check(epochs=trainer.max_epochs)
     looking = [] if cfg.get("sensitivity") is None else [instantiate(cfg.sensitivity)]
     for callback in [*instantiate(cfg.callbacks).values(), *looking]:
         if hasattr(callback, "check"):

@@ -53,6 +53,13 @@ def refused(capsys, *arguments):
     return captured.err
 
 
+@pytest.mark.parametrize("command", ["unpack", "inspect", "run"])
+def test_files_that_expand_to_more_than_said_are_refused(capsys, tmp_path, command):
+    pack(model(FLOATS), tmp_path / "net.edge")
+    out = [tmp_path / "out.onnx"] if command == "unpack" else []
+    assert "must" in refused(capsys, command, tmp_path / "net.edge", *out, "--max-bytes", 200)
+
+
 def test_pack_says_what_it_made_of_what(capsys, tmp_path):
     onnx.save(model(FLOATS), "net.onnx")
     before, name = (tmp_path / "net.onnx").stat().st_size, "net.edge"

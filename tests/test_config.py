@@ -175,6 +175,42 @@ def test_what_determines_the_result_changes_the_hash(override):
     assert recipe_hash(compose([*base, override])) != recipe_hash(compose(base))
 
 
+def taught(*overrides):
+    return recipe_hash(compose(["recipe=deep_compression", "distillation=resnet56", *overrides]))
+
+
+@pytest.mark.parametrize("key", ["distillation.teacher.checkpoint", "distillation.teacher"])
+def test_a_teacher_s_file_counts_by_its_content(tmp_path, key):
+    for name, content in (("a.ckpt", b"one"), ("b.ckpt", b"one"), ("c.ckpt", b"two")):
+        (tmp_path / name).write_bytes(content)
+    first, same, other = (taught(f"{key}={tmp_path}/{name}.ckpt") for name in "abc")
+    assert first == same != other
+
+
+def test_what_teaches_changes_the_hash_but_not_where_the_run_is():
+    paths = "distillation.teacher.checkpoint=FILE"
+    network = "distillation.teacher.network._target_=lightning_edge.models.ResNet20"
+    assert taught(paths) != taught(paths, network)
+    assert taught(paths) == taught(paths, "distillation.cache=elsewhere")
+    base = ["recipe=deep_compression", "distillation=self"]
+    assert recipe_hash(compose(base)) == recipe_hash(compose([*base, "output=elsewhere"]))
+    assert recipe_hash(compose(base)) != recipe_hash(compose([*base, "distillation.teacher=other.ckpt"]))
+
+
+def test_a_model_that_names_no_larger_one_is_refused():
+    with pytest.raises(ValueError, match=r"model must name a larger network .* got .*ResNet56 .*distillation=self"):
+        check(compose(["recipe=distill", "model=resnet56", "data=cifar10"]))
+
+
+@pytest.mark.parametrize("recipe", ["edge_int8", "edge_tiny", "distill", "deep_compression"])
+@pytest.mark.parametrize("model", ["resnet20", "resnet8"])
+def test_the_taught_recipes_compose_with_photographs(recipe, model):
+    cfg = compose([f"recipe={recipe}", "data=cifar10", f"model={model}", "data.path=FILE"])
+    check(cfg)
+    assert cfg.data._target_.endswith("CIFAR10DataModule")
+    assert cfg.trainer.max_epochs == 30
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -215,13 +251,10 @@ def test_a_mandatory_value_must_be_given():
 
 
 def test_a_class_of_the_users_own_is_checked_like_ours():
-    check(
-        compose(["recipe=qat_int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, duration: null}"])
-    )
+    timer = "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, %s}"
+    check(compose(["recipe=qat_int8", timer % "duration: null"]))
     with pytest.raises(ValueError, match=r"callbacks.timer.durations must be an argument of .*did you mean 'duration'"):
-        check(
-            compose(["recipe=qat_int8", "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, durations: 1}"])
-        )
+        check(compose(["recipe=qat_int8", timer % "durations: 1"]))
 
 
 def test_a_run_that_would_compress_nothing_is_refused():

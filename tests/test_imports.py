@@ -64,7 +64,8 @@ def test_export_is_callable_whatever_is_imported_first(first):
         f"{first}\n"
         "import lightning_edge, lightning_edge.export.onnx\n"
         "from lightning_edge import export\n"
-        "def function(module, path, *, example_inputs, round_small, recipe_hash): return module, path, example_inputs\n"
+        "def function(module, path, *, example_inputs, round_small, adaptive, recipe_hash):\n"
+        "    return module, path, example_inputs\n"
         "lightning_edge.export.export = function\n"
         "print(export(1, 2, example_inputs=3), lightning_edge.export is export, export.onnx.__name__)\n"
     )

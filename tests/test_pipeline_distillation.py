@@ -89,3 +89,10 @@ def test_a_mistake_in_the_distillation_is_said_before_any_training(tmp_path, cap
     alone = "teacher={model: {network: {width: 2.0}}}"
     assert main(["recipe=deep_compression", alone, f"hydra.run.dir={tmp_path}/run3"]) == 1
     assert "teacher must stand beside a distillation" in capsys.readouterr().err
+    late = [
+        *options[:1],
+        "distillation.losses.soft_targets.end_weight=0.5",
+        "distillation.losses.soft_targets.end_epoch=90",
+    ]
+    assert main(["recipe=deep_compression", *late, f"hydra.run.dir={tmp_path}/run4"]) == 1
+    assert "end_epoch must be below the 60 epochs of the fit (zero-based), got 90" in capsys.readouterr().err

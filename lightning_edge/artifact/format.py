@@ -10,7 +10,8 @@ joined by newlines, ONNX graph without its tensors; the graph is empty for a fil
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,17 @@ def read_bytes(path: str | Path) -> bytes:
     if path.stat().st_size > MAX_BYTES:
         raise EdgeFormatError(f"a file must have at most {MAX_BYTES:,} bytes, got {path.stat().st_size:,}", offset=0)
     return path.read_bytes()
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Raise an :class:`EdgeFormatError` where a file expands to more than the machine has memory for."""
+    try:
+        yield
+    except MemoryError as error:
+        raise EdgeFormatError(
+            "a file must expand to what the memory holds, got more: say how much that is by max_bytes", offset=0
+        ) from error
 
 
 def inflate(reader: ByteReader, *, limit: int) -> bytes:

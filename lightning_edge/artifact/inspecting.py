@@ -15,7 +15,7 @@ from lightning_edge.artifact.codebooks import (
     codebook_values,
     read_codebook,
 )
-from lightning_edge.artifact.format import INDEX, MAX_BYTES, TENSORS
+from lightning_edge.artifact.format import INDEX, MAX_BYTES, TENSORS, within_memory
 from lightning_edge.artifact.reading import open_file
 from lightning_edge.artifact.tensors import DTYPES, PackedTensor, decode_tensor, order0_bits
 from lightning_edge.functional import context_coding, rans
@@ -104,8 +104,9 @@ def inspect(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Inspection:
     >>> [(row.name, row.size_bytes, row.raw_bytes) for row in inspect(file).totals][2]
     ('tensors', 10, 16384)
     """
-    contents = open_file(path, max_bytes=max_bytes)
-    rows = tuple(_tensor_info(name, record) for name, record in contents.records.items())
+    with within_memory():
+        contents = open_file(path, max_bytes=max_bytes)
+        rows = tuple(_tensor_info(name, record) for name, record in contents.records.items())
     sections = tuple(SectionInfo(s.name, s.offset, s.size, f"{s.crc32:08x}") for s in contents.sections)
     sizes = {section.kind: section.size for section in contents.sections}
     size = sections[-1].offset + sections[-1].size_bytes

@@ -11,7 +11,17 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lightning_edge.artifact.codebooks import BFLOAT16
-from lightning_edge.artifact.format import INDEX, MAX_BYTES, META, TENSORS, Section, inflate, read_bytes, section_data
+from lightning_edge.artifact.format import (
+    INDEX,
+    MAX_BYTES,
+    META,
+    TENSORS,
+    Section,
+    inflate,
+    read_bytes,
+    section_data,
+    within_memory,
+)
 from lightning_edge.artifact.format import split_sections as split
 from lightning_edge.artifact.tensors import (
     DTYPES,
@@ -98,7 +108,8 @@ def read_tensors(path: str | Path, *, max_bytes: int = MAX_BYTES) -> dict[str, N
         FileNotFoundError: If there is no such file.
         EdgeFormatError: If it is damaged, cut short, hostile or of a later version.
     """
-    return {name: decode_tensor(record) for name, record in open_file(path, max_bytes=max_bytes).records.items()}
+    with within_memory():
+        return {name: decode_tensor(record) for name, record in open_file(path, max_bytes=max_bytes).records.items()}
 
 
 def onnx_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -115,31 +126,46 @@ def onnx_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
         FileNotFoundError: If there is no such file.
         EdgeFormatError: If it is damaged, or holds tensors alone.
     """
-    contents = open_file(path, max_bytes=max_bytes)
-    if not contents.graph:
-        raise EdgeFormatError(
-            "the file must hold a graph to be run, got tensors alone: unpack it to .safetensors", offset=0
-        )
-    tensors = b"".join(_field(5, _tensor_proto(name, record)) for name, record in contents.records.items())
-    model = contents.graph + _field(7, tensors)
+    with within_memory():
+        contents = open_file(path, max_bytes=max_bytes)
+        if not contents.graph:
+            raise EdgeFormatError(
+                "the file must hold a graph to be run, got tensors alone: unpack it to .safetensors", offset=0
+            )
+        tensors = b"".join(_field(5, _tensor_proto(name, record)) for name, record in contents.records.items())
+        model = contents.graph + _field(7, tensors)
     if len(model) > MAX_BYTES:
         raise EdgeFormatError(f"a model must have at most {MAX_BYTES:,} bytes, got {len(model):,}", offset=0)
     return model
 
 
-def unpack(path: str | Path, out: str | Path) -> Path:
+def unpack(path: str | Path, out: str | Path, *, max_bytes: int = MAX_BYTES) -> Path:
     """Write a packed file as an ordinary one; the suffix of ``out`` decides: ``.onnx`` or ``.safetensors``.
+
+    Args:
+        path: The packed file.
+        out: The file to write.
+        max_bytes: Most bytes that it may expand to, see :func:`open_file`.
 
     Raises:
         ValueError: If the suffix is another one.
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file, or no folder for ``out``.
         EdgeFormatError: If it is damaged, or has no graph for ``.onnx``.
     """
     out = Path(out)
-    writers: dict[str, Callable[[str | Path], bytes]] = {".onnx": onnx_bytes, ".safetensors": _safetensors_bytes}
+    writers: dict[str, Callable[..., bytes]] = {".onnx": onnx_bytes, ".safetensors": _safetensors_bytes}
     if out.suffix not in writers:
         raise ValueError(f"out must end in one of {list(writers)}, got {out.name!r}")
-    return write_atomically(out, writers[out.suffix](path))
+    check_folder(out)
+    return write_atomically(out, writers[out.suffix](path, max_bytes=max_bytes))
+
+
+def check_folder(path: Path) -> None:
+    """Raise a FileNotFoundError unless the folder of a file to be written exists."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"path must lie in a folder that exists, got {str(path)!r}: make {str(path.parent)!r} first"
+        )
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
@@ -180,16 +206,17 @@ def _tensor_proto(name: str, record: PackedTensor) -> bytes:
     return dims + kind + _field(8, name.encode()) + _field(9, decode_tensor(record).tobytes())
 
 
-def _safetensors_bytes(path: str | Path) -> bytes:
+def _safetensors_bytes(path: str | Path, *, max_bytes: int) -> bytes:
     codes = {code: name for name, code in SAFETENSORS.items()}
     header: dict[str, Any] = {}
     parts: list[bytes] = []
     position = 0
-    for name, record in open_file(path).records.items():
-        parts.append(decode_tensor(record).tobytes())
-        end = position + len(parts[-1])
-        header[name] = {"dtype": codes[record.dtype], "shape": record.shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + b"".join(parts)
+    with within_memory():
+        for name, record in open_file(path, max_bytes=max_bytes).records.items():
+            parts.append(decode_tensor(record).tobytes())
+            end = position + len(parts[-1])
+            header[name] = {"dtype": codes[record.dtype], "shape": record.shape, "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text + b"".join(parts)

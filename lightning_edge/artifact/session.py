@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_edge.artifact.format import MAX_BYTES
 from lightning_edge.artifact.reading import onnx_bytes
+from lightning_edge.functional.bytestream import EdgeFormatError
 
 Array = NDArray[Any]
 
@@ -66,7 +68,9 @@ class Session:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def load_artifact(path: str | Path, *, threads: int = 1, runtime: str | None = None) -> Session:
+def load_artifact(
+    path: str | Path, *, threads: int = 1, runtime: str | None = None, max_bytes: int = MAX_BYTES
+) -> Session:
     """Load a ``.edge``, ``.onnx`` or ``.pte`` file into the runtime that runs it.
 
     A ``.edge`` file is expanded in memory and runs in onnxruntime: numpy, onnxruntime and zstandard suffice for it.
@@ -75,6 +79,8 @@ def load_artifact(path: str | Path, *, threads: int = 1, runtime: str | None = N
         path: The file; the suffix says which runtime.
         threads: Threads of the runtime for one call. ExecuTorch has one pool in a process: the last load counts.
         runtime: ``"openvino"`` for ``.onnx`` and ``.edge`` (needs the extra ``openvino``); None for the usual one.
+        max_bytes: Most bytes that a ``.edge`` file may expand to, see
+            :func:`~lightning_edge.artifact.reading.open_file`; the runtime takes a few times as many.
 
     Raises:
         ValueError: If the suffix or the runtime is unknown, ``threads`` is below 1, or the file is damaged
@@ -85,24 +91,25 @@ def load_artifact(path: str | Path, *, threads: int = 1, runtime: str | None = N
     path = Path(path)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    if runtime not in _LOADERS:
-        raise ValueError(f"runtime must be one of {list(_LOADERS)}, got {runtime!r}")
-    loaders = _LOADERS[runtime]
-    if path.suffix not in loaders:
-        raise ValueError(f"path must end in one of {list(loaders)}, got {path.name!r}")
+    if runtime not in _RUNTIMES:
+        raise ValueError(f"runtime must be one of {list(_RUNTIMES)}, got {runtime!r}")
+    suffixes = [".edge", ".onnx", ".pte"] if runtime is None else [".edge", ".onnx"]
+    if path.suffix not in suffixes:
+        raise ValueError(f"path must end in one of {suffixes}, got {path.name!r}")
     if not path.is_file():
         raise FileNotFoundError(
             f"path must be a file, got {str(path)!r}, which does not exist (seen from {Path.cwd()})"
         )
-    return loaders[path.suffix](path, threads)
-
-
-def _load_edge(path: Path, threads: int) -> Session:
-    return _onnxruntime(onnx_bytes(path), path, threads)
-
-
-def _load_onnx(path: Path, threads: int) -> Session:
-    return _onnxruntime(str(path), path, threads)  # by its path: tensors may lie in files beside it
+    if path.suffix == ".pte":
+        return _load_pte(path, threads)
+    load = _RUNTIMES[runtime]
+    if path.suffix == ".onnx":
+        return load(str(path), path, threads)  # by its path: tensors may lie in files beside it
+    model = onnx_bytes(path, max_bytes=max_bytes)
+    try:
+        return load(model, path, threads)
+    except ValueError as error:
+        raise EdgeFormatError(str(error), offset=0) from error
 
 
 def _onnxruntime(model: bytes | str, path: Path, threads: int) -> Session:
@@ -137,7 +144,7 @@ def _onnxruntime(model: bytes | str, path: Path, threads: int) -> Session:
     )
 
 
-def _load_openvino(path: Path, threads: int) -> Session:
+def _openvino(model: bytes | str, path: Path, threads: int) -> Session:
     try:
         import openvino
     except ImportError as error:
@@ -147,8 +154,8 @@ def _load_openvino(path: Path, threads: int) -> Session:
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     options["INFERENCE_PRECISION_HINT"] = "f32"  # processors with bf16 would compute a float network in that
     try:
-        model = core.read_model(io.BytesIO(onnx_bytes(path)) if path.suffix == ".edge" else path)
-        compiled = core.compile_model(model, "CPU", options)
+        network = core.read_model(io.BytesIO(model) if isinstance(model, bytes) else model)
+        compiled = core.compile_model(network, "CPU", options)
     except RuntimeError as error:
         raise ValueError(f"OpenVINO must be able to load {path}, got: {error}") from error
     inputs = [
@@ -236,10 +243,7 @@ def _names(program: Any, method: str) -> list[str]:
     return [name for name in str(joined).split(",") if name]
 
 
-_LOADERS: dict[str | None, dict[str, Callable[[Path, int], Session]]] = {
-    None: {".edge": _load_edge, ".onnx": _load_onnx, ".pte": _load_pte},
-    "openvino": {".edge": _load_openvino, ".onnx": _load_openvino},
-}
+_RUNTIMES: dict[str | None, Callable[[bytes | str, Path, int], Session]] = {None: _onnxruntime, "openvino": _openvino}
 _TORCH_CODES = {
     0: "uint8",
     1: "int8",

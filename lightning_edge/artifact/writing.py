@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 import lightning_edge
 from lightning_edge.artifact.codebooks import BFLOAT16
-from lightning_edge.artifact.format import INDEX, META, TENSORS, join_sections
-from lightning_edge.artifact.reading import SAFETENSORS, write_atomically
+from lightning_edge.artifact.format import INDEX, MAGIC, META, TENSORS, join_sections
+from lightning_edge.artifact.reading import SAFETENSORS, check_folder, write_atomically
+from lightning_edge.artifact.splitting import Typed, is_storable, split_model
 from lightning_edge.artifact.tensors import DTYPES, encode_tensor
 from lightning_edge.functional.bytestream import varint
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = (".pt", ".pth", ".th", ".ckpt", ".bin")
 """Suffixes of files that torch has saved."""
-_INLINE_BYTES = 16  # a scalar costs less inside the graph than a record of its own
-Typed = tuple[NDArray[Any], int]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,9 @@ def pack(
     """Write ``source`` as one small file, every tensor bit by bit as it was.
 
     The bytes depend on ``source``, the options and the version of this library alone. The file is written under a
-    temporary name and renamed: a writer that is killed leaves the old file or the new one.
+    temporary name and renamed: a writer that is killed leaves the old file or the new one. Of an ONNX model, metadata
+    and descriptions are dropped, values that only nodes see get short names, large tensors in Constant nodes become
+    initializers, and equal ones become one.
 
     Args:
         source: An ONNX model or the path of one (``.onnx``), the path of a ``.safetensors`` file, a state dict (a
@@ -70,7 +71,7 @@ def pack(
 
     Raises:
         ValueError: If ``source`` is none of these, or a name or an element type cannot be stored.
-        FileNotFoundError: If there is no file at ``source``.
+        FileNotFoundError: If there is no file at ``source``, or no folder for ``path``.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -78,10 +79,11 @@ def pack(
     ['constant']
     """
     path = Path(path)
+    check_folder(path)
     graph, tensors = _read_source(source)
     names = list(tensors)
-    if unfit := [name for name in names if not _fits(name)]:
-        raise ValueError(f"tensor names must have no line break and not be empty, got {unfit[:3]}")
+    if unfit := [name for name in names if not is_storable(name)]:
+        raise ValueError(f"tensor names must be strings without a line break, and not empty, got {unfit[:3]}")
     encoded = {name: encode_tensor(array, dtype, adaptive=adaptive) for name, (array, dtype) in tensors.items()}
     joined = "\n".join(names).encode()
     index = zstandard.ZstdCompressor(level=19, write_content_size=False, write_checksum=False).compress(
@@ -99,7 +101,7 @@ def _read_source(source: Any) -> tuple[bytes, dict[str, Typed]]:
     if isinstance(source, Mapping):
         return b"", {name: _typed(name, value) for name, value in source.items()}
     if hasattr(source, "SerializeToString"):
-        return _split_model(source)
+        return split_model(source)
     if not isinstance(source, str | Path):
         raise ValueError(f"source must be a path, an ONNX model or a state dict, got a {type(source).__name__}")
     file = Path(source)
@@ -107,10 +109,13 @@ def _read_source(source: Any) -> tuple[bytes, dict[str, Typed]]:
         raise FileNotFoundError(
             f"source must be a file, got {str(file)!r}, which does not exist (seen from {Path.cwd()})"
         )
+    with file.open("rb") as opened:
+        if opened.read(len(MAGIC)) == MAGIC:
+            raise ValueError(f"source must not be packed, got {str(file)!r}, a .edge file: unpack it first")
     if file.suffix == ".onnx":
         import onnx
 
-        return _split_model(onnx.load(file))
+        return split_model(onnx.load(file))
     if file.suffix == ".safetensors":
         return b"", dict(_read_safetensors(file))
     if file.suffix in CHECKPOINTS:
@@ -121,6 +126,8 @@ def _read_source(source: Any) -> tuple[bytes, dict[str, Typed]]:
 def _typed(name: str, value: Any) -> Typed:
     """Return the array and its element type; a torch tensor is known by its methods, so that none is imported."""
     if hasattr(value, "detach"):
+        if str(value.layout) != "torch.strided":
+            raise ValueError(f"tensors must be dense, got {value.layout} in {name!r}: pack its to_dense()")
         value = value.detach().cpu().contiguous()
         if str(value.dtype) == "torch.bfloat16":
             import torch
@@ -131,6 +138,8 @@ def _typed(name: str, value: Any) -> Typed:
         except TypeError as error:  # a type that numpy does not have
             raise _unknown_type(name, value.dtype) from error
     array = np.asarray(value)
+    if array.dtype == object:
+        raise ValueError(f"source must hold tensors alone, got a {type(value).__name__} under {name!r}: leave it out")
     kinds = [code for code, dtype in DTYPES.items() if dtype == array.dtype.newbyteorder("<") and code != BFLOAT16]
     if not kinds:
         raise _unknown_type(name, array.dtype)
@@ -140,82 +149,6 @@ def _typed(name: str, value: Any) -> Typed:
 def _unknown_type(name: str, dtype: object) -> ValueError:
     known = sorted({dtype.name for dtype in DTYPES.values()})
     return ValueError(f"tensors must have one of the types {known} or bfloat16, got {dtype} in {name!r}")
-
-
-def _fits(name: str) -> bool:
-    return name != "" and "\n" not in name
-
-
-def _split_model(model: "ModelProto") -> tuple[bytes, dict[str, Typed]]:
-    """Return the graph without its tensors, serialized, and the tensors."""
-    import onnx
-    from onnx import numpy_helper
-
-    slim = onnx.ModelProto()
-    slim.CopyFrom(model)
-    tensors: dict[str, Typed] = {}
-    kept = []
-    for initializer in slim.graph.initializer:
-        kind = initializer.data_type
-        array = _elements(initializer, kind) if kind in DTYPES else None
-        if array is None or array.nbytes <= _INLINE_BYTES or not _fits(initializer.name):
-            kept.append(initializer if array is None else _compact(initializer, numpy_helper))
-        else:
-            tensors[initializer.name] = (array, kind)
-    del slim.graph.initializer[:]
-    slim.graph.initializer.extend(kept)
-    _strip(slim, tensors)
-    return slim.SerializeToString(deterministic=True), tensors
-
-
-def _elements(initializer: Any, kind: int) -> NDArray[Any]:
-    from onnx import numpy_helper
-
-    array: NDArray[Any] = numpy_helper.to_array(initializer)
-    return array.view(np.uint16) if kind == BFLOAT16 else array
-
-
-def _compact(initializer: Any, numpy_helper: Any) -> Any:
-    return (
-        initializer
-        if initializer.raw_data
-        else numpy_helper.from_array(numpy_helper.to_array(initializer), initializer.name)
-    )
-
-
-def _strip(model: "ModelProto", tensors: Mapping[str, Typed]) -> None:
-    """Drop what describes the tracing, and shorten the names of values that nobody outside the graph can see."""
-    model.doc_string = model.producer_name = model.producer_version = model.domain = ""
-    del model.metadata_props[:]
-    graph = model.graph
-    graph.name, graph.doc_string = "g", ""
-    del graph.value_info[:]
-    del graph.metadata_props[:]
-    for node in graph.node:
-        node.name = node.doc_string = ""
-        del node.metadata_props[:]
-    for item in (*graph.initializer, *graph.input, *graph.output):
-        item.doc_string = ""
-        del item.metadata_props[:]
-    subgraphs = any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute)
-    if subgraphs or graph.quantization_annotation:
-        return  # both may use names of the graph around them
-    made = [name for node in graph.node for name in node.output if name]
-    seen = {item.name for item in (*graph.input, *graph.output)}
-    taken = seen | {name for node in graph.node for name in node.input} | set(tensors)
-    taken |= {item.name for item in graph.initializer} | {item.values.name for item in graph.sparse_initializer}
-    fresh = (token for token in _tokens() if token not in taken)
-    short = {name: next(fresh) for name in made if name not in seen}
-    for node in graph.node:
-        node.input[:] = [short.get(name, name) for name in node.input]
-        node.output[:] = [short.get(name, name) for name in node.output]
-
-
-def _tokens() -> Iterator[str]:
-    number = 0
-    while True:
-        yield np.base_repr(number, 36).lower()
-        number += 1
 
 
 def _read_safetensors(path: Path) -> Iterator[tuple[str, Typed]]:

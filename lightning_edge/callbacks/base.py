@@ -2,17 +2,20 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
 from lightning_edge.callbacks.resume import ExactResume
 from lightning_edge.surgery.selection import find_network
@@ -34,13 +37,14 @@ class CompressionCallback(L.Callback):
     network: str | None = None
     _resumed = _trained = False
     _steps_per_epoch = math.inf
+    _fitted: nn.Module | None = None
+    _step_hooks: tuple[RemovableHandle, ...] = ()
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise a ValueError if the callback cannot do its work on ``network`` within ``max_epochs``."""
 
     def reset(self) -> None:
         """Forget an earlier fit of this callback; a resumed one loads its state afterwards."""
-        self._resumed = self._trained = False
 
     def decisions(self) -> tuple[int, int]:
         """Return the first and the last epoch (zero-based) at whose start the callback changes the network."""
@@ -50,6 +54,10 @@ class CompressionCallback(L.Callback):
         """Return whether :meth:`decisions` is certain: of a schedule of steps it is when the fit has begun."""
         return True
 
+    def decides_in_steps(self) -> bool:
+        """Return whether the last decision falls inside of its epoch, after everything that falls at its start."""
+        return False
+
     def fixes_at(self) -> float:
         """Return the epoch from which the techniques that this one follows may not change the network any more."""
         return self.decisions()[0]
@@ -58,7 +66,7 @@ class CompressionCallback(L.Callback):
         """Refuse what cannot work, before any training."""
         if stage != "fit":
             return
-        self.reset()
+        self._resumed = self._trained = False
         if isinstance(trainer.strategy, SHARDING):
             raise ValueError(
                 f"strategy must keep whole parameters on every device, got {type(trainer.strategy).__name__}, which"
@@ -66,13 +74,22 @@ class CompressionCallback(L.Callback):
             )
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # the layers do not exist before, and Lightning calls it only after setup
+        network = find_network(pl_module, self.network)
+        if network is not self._fitted or trainer.global_step == 0:
+            self.reset()  # else the fit goes on where an earlier one of this trainer ended: its decisions stand
         # A trial run of one batch never reaches the schedule: its length is no mistake in the arguments.
         max_epochs = math.inf if is_trial(trainer) or trainer.max_epochs in (None, -1) else trainer.max_epochs
         assert max_epochs is not None
-        self.check(find_network(pl_module, self.network), max_epochs=max_epochs)
+        self.check(network, max_epochs=max_epochs)
+        self._fitted = network
         if self is compressing(trainer)[0]:
             check_order(compressing(trainer))
             _warn_of_early_choices(trainer)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Forget what a fit that goes on has kept: the checkpoint says where it goes on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.reset()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when a resumed run will draw another data order than the run that it goes on from."""
@@ -90,13 +107,27 @@ class CompressionCallback(L.Callback):
             return
         assert trainer.max_epochs is not None
         steps = trainer.estimated_stepping_batches
-        self.check_steps(steps)
         self._steps_per_epoch = steps / max(trainer.max_epochs, 1)
+        self.check_steps(steps)
         if self is compressing(trainer)[-1]:
             check_order(compressing(trainer))  # schedules of steps know their epochs only now
 
     def check_steps(self, steps: float) -> None:
         """Raise a ValueError if the callback's schedule of optimizer steps does not end within ``steps``."""
+
+    def after_steps(self, trainer: L.Trainer, hook: Callable[..., None]) -> None:
+        """Call ``hook`` after every step of every optimizer, until the fit is over."""
+        self._step_hooks = tuple(optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the optimizers to whoever uses them next."""
+        for handle in self._step_hooks:
+            handle.remove()
+        self._step_hooks = ()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the optimizers alone after a fit that failed, too: Lightning calls no teardown then."""
+        self.teardown(trainer, pl_module, "fit")
 
     def must_be_done(self, trainer: L.Trainer) -> bool:
         """Return whether this fit had to reach the targets: not a trial run, nor one that had nothing left to train."""
@@ -113,9 +144,8 @@ class CompressionCallback(L.Callback):
     def networks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[nn.Module]:
         """Yield the network, then its copy in every ``WeightAveraging`` callback of the trainer."""
         yield find_network(pl_module, self.network)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                yield find_network(callback._average_model.module, self.network)
+        for average in averages_of(trainer):
+            yield find_network(average.module, self.network)
 
 
 def check_order(callbacks: Iterable[CompressionCallback]) -> None:
@@ -125,7 +155,7 @@ def check_order(callbacks: Iterable[CompressionCallback]) -> None:
       cluster, and come back with it.
     * Observers freeze after the last change of the network: they would keep the ranges of another network.
 
-    At one and the same epoch the order of the list decides.
+    At the start of one and the same epoch the order of the list decides; a schedule of steps ends after it.
 
     Raises:
         ValueError: With the legal order.
@@ -134,7 +164,8 @@ def check_order(callbacks: Iterable[CompressionCallback]) -> None:
     for place, callback in ordered:
         for other_place, other in ordered:
             end, begin = other.decisions()[1], callback.fixes_at()
-            if other.technique in callback.follows and (end, other_place) > (begin, place):
+            turn = math.inf if other.decides_in_steps() else other_place
+            if other.technique in callback.follows and (end, turn) > (begin, place):
                 raise ValueError(
                     f"{type(other).__name__} must end before {type(callback).__name__} fixes what it changes, got epoch"
                     f" {end} (place {other_place} in the list) and epoch {begin:g} (place {place}): legal is pruning,"
@@ -193,6 +224,12 @@ def stepped(weights: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[s
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     """Return all callbacks of a trainer, in their order; Lightning sets the attribute without declaring it."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def averages_of(trainer: L.Trainer) -> list[AveragedModel]:
+    """Return the averages that ``WeightAveraging`` callbacks of a trainer keep."""
+    averaging = [callback for callback in callbacks_of(trainer) if isinstance(callback, WeightAveraging)]
+    return [callback._average_model for callback in averaging if callback._average_model is not None]
 
 
 def compressing(trainer: L.Trainer) -> list[CompressionCallback]:

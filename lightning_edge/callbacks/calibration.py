@@ -1,23 +1,19 @@
 """Quantize a network when its fit is over: the ranges of activations come from a few training batches."""
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_edge.callbacks.base import SHARDING, callbacks_of
 from lightning_edge.callbacks.export import ExportArtifacts
-from lightning_edge.callbacks.inputs import NetworkInputs, call_in_step, check_has_forward
+from lightning_edge.callbacks.inputs import NetworkInputs, check_has_forward, training_calls
 from lightning_edge.callbacks.quantization import QuantizationAwareTraining
 from lightning_edge.surgery.bias_correction import correct_bias_
 from lightning_edge.surgery.calibration import BATCHES, calibrate_
-from lightning_edge.surgery.calls import Arguments
-from lightning_edge.surgery.capture import keep_random_state
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.equalization import equalize_
 from lightning_edge.surgery.observers import RangeObserver, observer_factory
@@ -97,11 +93,12 @@ class PostTrainingQuantization(L.Callback):
             )
         self.check(find_network(pl_module, self.network), max_epochs=trainer.max_epochs or 0)
         others = callbacks_of(trainer)
+        network = find_network(pl_module, self.network)
         twins = [other for other in others if isinstance(other, PostTrainingQuantization)]
-        if [other.state_key for other in twins].count(self.state_key) > 1:
+        if sum(find_network(pl_module, other.network) is network for other in twins) > 1:
             raise ValueError(
-                f"callbacks must quantize a network once, got {len(twins)} PostTrainingQuantization for network="
-                f"{self.network!r}: leave one of them out"
+                f"callbacks must quantize a network once, got {len(twins)} PostTrainingQuantization with network="
+                f"{[other.network for other in twins]}: leave one of them out"
             )
         if any(isinstance(other, QuantizationAwareTraining) for other in others):
             raise ValueError(
@@ -158,11 +155,8 @@ class PostTrainingQuantization(L.Callback):
     def _quantize(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Quantize on this rank; return what the others need: state and weights."""
         network = find_network(pl_module, self.network)
-        loader = trainer.fit_loop._data_source.dataloader()  # as the user gave it, not this rank's share
-        with keep_random_state():
-            torch.manual_seed(self.seed)
-            shown = self.progress and trainer.progress_bar_callback is not None
-            batches = list(self._calls(pl_module, network, loader, progress=shown))
+        shown = self.progress and trainer.progress_bar_callback is not None
+        batches = training_calls(trainer, pl_module, network, batches=self.batches, seed=self.seed, progress=shown)
         self._inputs.remember(batches[0])
         example = self._inputs.example(next(network.parameters()).device)
         if self.equalize:
@@ -174,15 +168,6 @@ class PostTrainingQuantization(L.Callback):
             correct_bias_(network, plain, batches)
         weights = {name: value.cpu() for name, value in network.state_dict().items()}
         return {**self.state_dict(), "weights": weights}
-
-    def _calls(
-        self, pl_module: L.LightningModule, network: nn.Module, loader: Any, *, progress: bool
-    ) -> Iterator[Arguments]:
-        """Yield what ``training_step`` calls the network with."""
-        device = next(network.parameters()).device
-        for batch in track(islice(loader, self.batches), "calibration", total=self.batches, disable=not progress):
-            moved = pl_module._apply_batch_transfer_handler(batch, device=device)
-            yield call_in_step(pl_module, network, "training_step", moved)
 
     def _resume(self, pl_module: L.LightningModule) -> None:
         if self._observers is None or self._captured is not None:

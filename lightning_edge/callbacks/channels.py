@@ -7,23 +7,23 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, callbacks_of, compressing, is_trial, require_agreement
+from lightning_edge.callbacks.base import CompressionCallback, is_trial, require_agreement
 from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.projection import Projection
+from lightning_edge.callbacks.shapes import check_company, require_narrow, wrap_anew
 from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional.schedules import Schedule
 from lightning_edge.surgery.channel_plan import ChannelPlan, Target, check_patterns
 from lightning_edge.surgery.channel_scores import ChannelScore, score_units, unit_taylor
-from lightning_edge.surgery.channels import SlimReport, check_options, remove_, slim_channels_
+from lightning_edge.surgery.channels import SlimReport, check_options, narrowed_layers, remove_
 from lightning_edge.surgery.coupling import unit_masks, zero_units_
 from lightning_edge.surgery.selection import find_network
-from lightning_edge.surgery.widths import WIDTHS_KEY
+from lightning_edge.surgery.slicing import check_states
+from lightning_edge.surgery.widths import WIDTHS_KEY, load_widths_, read_widths
 
 
 class ChannelPruning(CompressionCallback):
@@ -32,8 +32,8 @@ class ChannelPruning(CompressionCallback):
     While they are zero the shapes stay: optimizers, DDP buckets and checkpoints notice nothing. At ``remove_epoch``, or
     at the end of the fit, they are removed physically; parameters stay the same objects, moments are cut alike, so
     training goes on. A checkpoint of the narrow network carries its sizes under ``"lightning_edge.widths"``: with this
-    callback in the trainer, ``fit`` and ``test`` with a ``ckpt_path`` rebuild the shapes first; without a trainer,
-    ``slim_channels_(network, manifest=checkpoint["lightning_edge.widths"])`` does.
+    callback in the trainer, ``fit`` and ``test`` with a ``ckpt_path`` rebuild the shapes first; without it, and for
+    ``load_from_checkpoint``, ``load_widths_(self.model, checkpoint)`` in the module's ``on_load_checkpoint`` does.
 
     Args:
         sparsity: Fraction of the removable channels that goes, in (0, 1).
@@ -122,6 +122,10 @@ class ChannelPruning(CompressionCallback):
         """Return whether the epochs of the decisions are certain."""
         return not self.clock.in_steps or self._steps_per_epoch != math.inf
 
+    def decides_in_steps(self) -> bool:
+        """Return whether the last change comes at a step, not at the start of an epoch."""
+        return self.clock.in_steps and self.remove_epoch is None
+
     def reset(self) -> None:
         """Forget an earlier fit."""
         super().reset()
@@ -146,16 +150,24 @@ class ChannelPruning(CompressionCallback):
         """Raise unless the schedule of steps ends within the fit."""
         self.clock.check_steps(steps)
 
+    def narrows(self, network: nn.Module, layers: Sequence[str], example_inputs: tuple[Tensor, ...]) -> list[str]:
+        """Return which of the layers may lose channels of their outputs while the fit goes on."""
+        if self.remove_epoch is None:
+            return []
+        plan = self._plan_of(network, example_inputs)
+        return narrowed_layers(network, plan, layers, example_inputs)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and rebuild the shapes of a checkpoint of a narrow network before it is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._check_company(trainer)
-        hook = partial(_load_widths, self, pl_module)
+            check_company(trainer, self, remove_epoch=self.remove_epoch)
+        hook = partial(self._load_widths, pl_module)
         pl_module.on_load_checkpoint = hook  # type: ignore[method-assign]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its own hook back."""
+        super().teardown(trainer, pl_module, stage)
         vars(pl_module).pop("on_load_checkpoint", None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -164,8 +176,7 @@ class ChannelPruning(CompressionCallback):
         vars(pl_module).pop("on_load_checkpoint", None)
         network = find_network(pl_module, self.network)
         self._projection = Projection()
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._projection)
+        self.after_steps(trainer, self._projection)
         if self._manifest:
             return
         if self._kept:
@@ -175,8 +186,8 @@ class ChannelPruning(CompressionCallback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide, where the network's inputs are known by now; remove what is zero when it is time."""
-        self._check_company(trainer)
-        if self._inputs and not self.clock.in_steps:
+        check_company(trainer, self, remove_epoch=self.remove_epoch)
+        if self._inputs and not self.clock.in_steps and self._is_due(trainer):
             self._decide(trainer, pl_module)
         if self.remove_epoch is not None and trainer.current_epoch >= self.remove_epoch:
             self._remove(trainer, pl_module)
@@ -185,8 +196,9 @@ class ChannelPruning(CompressionCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide on a schedule of steps, and at the very first batch of a fit that nothing ran before."""
-        self._inputs.take_from(pl_module, batch)
-        self._decide(trainer, pl_module)
+        if self._is_due(trainer):
+            self._inputs.take_from(pl_module, batch)
+            self._decide(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Add to the Taylor scores; leave zeroed units out of the norm that gradient clipping takes."""
@@ -196,7 +208,9 @@ class ChannelPruning(CompressionCallback):
             self._projection.mask_gradients()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what is left."""
+        """Log what is left; refuse an optimizer whose states cannot be cut, before more is spent on training."""
+        if not self._manifest:
+            check_states(find_network(pl_module, self.network), trainer.optimizers)
         if self._plan is not None and self._kept and not self._manifest:
             kept = list(self._kept.values())
             dense = self._plan.macs([torch.ones(len(mask)) for mask in kept])
@@ -237,12 +251,12 @@ class ChannelPruning(CompressionCallback):
         self._done, self._manifest = state_dict["decisions"], state_dict["manifest"]
         self._inputs = NetworkInputs(state_dict["inputs"])
 
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        return not self._manifest and self.clock.taken_by(self.clock.now(trainer)) > self._done
+
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose the units that stay from now on, if a decision is due."""
+        """Choose the units that stay from now on."""
         time = self.clock.now(trainer)
-        number = self.clock.taken_by(time)
-        if self._manifest or number <= self._done:
-            return
         network = find_network(pl_module, self.network)
         plan = self._plan or self._trace(pl_module)
         # One and the same draw for every decision: what is random grows, it does not wander.
@@ -253,7 +267,7 @@ class ChannelPruning(CompressionCallback):
         kept = plan.kept(self.target, scores, progress=progress, scope=self.scope, before=before)
         require_agreement(trainer, kept, what="the channels that stay")
         self._kept = {group.name: mask for group, mask in zip(plan.groups, kept, strict=True)}
-        self._scores, self._done = {}, number
+        self._scores, self._done = {}, self.clock.taken_by(time)
         for copy in self.networks(trainer, pl_module):
             zero_units_(copy, plan.groups, kept)
         self._project(network)
@@ -277,16 +291,19 @@ class ChannelPruning(CompressionCallback):
             self._scores[group.name] = self._scores.get(group.name, torch.zeros(())) + squared
 
     def _trace(self, pl_module: L.LightningModule) -> ChannelPlan:
-        self._plan = ChannelPlan(
-            find_network(pl_module, self.network),
-            self._example(pl_module),
+        self._plan = self._plan_of(find_network(pl_module, self.network), self._example(pl_module))
+        rank_zero_info(f"channels left alone: {self._plan.protected}")
+        return self._plan
+
+    def _plan_of(self, network: nn.Module, example_inputs: tuple[Tensor, ...]) -> ChannelPlan:
+        return ChannelPlan(
+            network,
+            example_inputs,
             include=self.include,
             exclude=self.exclude,
             protect_ends=self.protect_ends,
             round_to=self.round_to,
         )
-        rank_zero_info(f"channels left alone: {self._plan.protected}")
-        return self._plan
 
     def _example(self, pl_module: L.LightningModule) -> tuple[Tensor, ...]:
         return self._inputs.example(pl_module.device, generator=torch.Generator().manual_seed(0))
@@ -306,37 +323,15 @@ class ChannelPruning(CompressionCallback):
         self.report = remove_(network, plan, kept, self._example(pl_module), optimizers=trainer.optimizers)
         self._manifest = self.report.manifest
         self._projection.set_masks({}, {})
-        strategy = trainer.strategy
-        if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
-            strategy.model = strategy.lightning_module  # the buckets are those of the wide parameters
-            strategy.configure_ddp()
+        wrap_anew(trainer.strategy)
         before, after = self.report.macs
         rank_zero_info(f"channels removed: {before / 1e6:.2f} M multiply-accumulates became {after / 1e6:.2f} M")
 
-    def _check_company(self, trainer: L.Trainer) -> None:
-        """Refuse callbacks that would hold on to the wide shapes."""
-        for callback in callbacks_of(trainer):
-            if self.remove_epoch is not None and isinstance(callback, WeightAveraging):
-                raise ValueError(
-                    "remove_epoch must be None with WeightAveraging, whose average has the wide shapes, got"
-                    f" {self.remove_epoch}: the channels are then removed at the end of the fit"
-                )
-        for other in compressing(trainer):
-            if other is self or not other.knows_its_epochs():
-                continue
-            first = other.decisions()[0]
-            removed = math.inf if self.remove_epoch is None else self.remove_epoch
-            if first < removed and other.technique in ("pruning", "sharing", "quantization"):
-                raise ValueError(
-                    f"remove_epoch must be at most {first}, where {type(other).__name__} begins to hold on to the"
-                    f" shapes of the weights, got {self.remove_epoch}: remove the channels first"
-                )
-
-
-def _load_widths(callback: ChannelPruning, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Give the network the sizes of the checkpoint, then call the module's own hook."""
-    widths = checkpoint.get(WIDTHS_KEY)
-    if widths:
-        slim_channels_(find_network(pl_module, callback.network), manifest=widths)
-        callback._manifest = {name: dict(sizes) for name, sizes in widths.items()}
-    type(pl_module).on_load_checkpoint(pl_module, checkpoint)
+    def _load_widths(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Give the network the sizes of the checkpoint, then call the module's own hook."""
+        network = find_network(pl_module, self.network)
+        require_narrow(checkpoint, network, self._manifest, owner=type(pl_module).__name__)
+        load_widths_(network, checkpoint)
+        if WIDTHS_KEY in checkpoint:
+            self._manifest = read_widths(checkpoint[WIDTHS_KEY])
+        type(pl_module).on_load_checkpoint(pl_module, checkpoint)

@@ -49,6 +49,7 @@ class ExportArtifacts(L.Callback):
             any. The labels are those of ``(inputs, labels)``, or what a dict has as label(s), target(s) or y.
         remove_dead_units: Remove dead units before the export; see ``remove_dead_units_``.
         round_small: Round biases, norms and shared values to float16 in the packed file; see ``export``.
+        adaptive: Adaptive contexts in the packed file: smaller, and slower to load; see ``export``.
         recipe_hash: What the packed file says about the settings that made it.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
 
@@ -70,6 +71,7 @@ class ExportArtifacts(L.Callback):
         tolerance: float | None = None,
         remove_dead_units: bool = True,
         round_small: bool = True,
+        adaptive: bool = True,
         recipe_hash: str = "",
         network: str | None = None,
     ) -> None:
@@ -82,7 +84,7 @@ class ExportArtifacts(L.Callback):
         self.folder, self.formats, self.name = Path(folder), tuple(formats), name
         self.min_agreement, self.tolerance = min_agreement, tolerance
         self.recipe_hash, self.network = recipe_hash, network
-        self.remove_dead_units, self.round_small = remove_dead_units, round_small
+        self.remove_dead_units, self.round_small, self.adaptive = remove_dead_units, round_small, adaptive
         self.dead_units: DeadUnitsReport | None = None
         """After the fit, on rank zero: which units were removed before the export."""
         self.exported: nn.Module | None = None
@@ -161,6 +163,7 @@ class ExportArtifacts(L.Callback):
                 path,
                 example_inputs=example,
                 round_small=self.round_small,
+                adaptive=self.adaptive,
                 recipe_hash=self.recipe_hash,
             )
             try:

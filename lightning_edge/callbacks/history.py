@@ -25,7 +25,7 @@ class History(L.Callback):
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add this epoch."""
-        weights = list(select_weights(find_network(pl_module, self.network)).values())
+        weights = list(select_weights(find_network(pl_module, self.network), trainable=False).values())
         zeros, size = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
         distinct = max(len(torch.unique(weight)) for weight in weights)

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
+from itertools import islice
 from typing import Any
 
 import lightning as L
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 from torch.utils.hooks import RemovableHandle
@@ -143,6 +145,34 @@ def call_in_step(
     if "batch_idx" not in further and len(signature(run).parameters) > 1:  # under another name
         return called(pl_module, network, lambda: run(batch, 0), by=step)
     return called(pl_module, network, lambda: run(batch, **further), by=step)
+
+
+def training_calls(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    network: nn.Module,
+    *,
+    batches: int | None,
+    seed: int,
+    progress: bool = False,
+) -> list[Arguments]:
+    """Return what ``training_step`` calls the network with for batches of the training data, the same on every rank.
+
+    Args:
+        trainer: Of the fit.
+        pl_module: Left as it was.
+        network: Inside of it.
+        batches: How many; None for all.
+        seed: Of the data's order, whatever was drawn before; the random state is left as it was.
+        progress: Show a progress bar.
+    """
+    loader = trainer.fit_loop._data_source.dataloader()  # as the user gave it, not this rank's share
+    device = next(network.parameters()).device
+    with keep_random_state():
+        torch.manual_seed(seed)
+        shown = track(islice(loader, batches), "calibration", total=batches, disable=not progress)
+        moved = (pl_module._apply_batch_transfer_handler(batch, device=device) for batch in shown)
+        return [call_in_step(pl_module, network, "training_step", batch) for batch in moved]
 
 
 def labels_of(batch: Any) -> Tensor | None:

@@ -9,15 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, require_agreement, state_tensors, stepped
+from lightning_edge.callbacks.base import (
+    CompressionCallback,
+    averages_of,
+    require_agreement,
+    state_tensors,
+    stepped,
+)
 from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.projection import Projection
 from lightning_edge.callbacks.timing import Clock
 from lightning_edge.functional import scores as score_functions
-from lightning_edge.functional.regrowth import REGROWTHS, RigL, Splicing, exchanged_mask
+from lightning_edge.functional.regrowth import REGROWTHS, RigL, Splicing
 from lightning_edge.functional.schedules import Schedule
-from lightning_edge.surgery.pruning import Score, apply_masks_, check_score, synflow_masks, weight_scores
+from lightning_edge.surgery.pruning import Score, apply_masks_, check_score, score_masks, synflow_masks
 from lightning_edge.surgery.pruning_target import Scope, Sparsity, Target
+from lightning_edge.surgery.regrowth import exchange_, rewind_, splice_, state_to_rewind
 from lightning_edge.surgery.selection import find_network
 
 Regrowth = RigL | Splicing
@@ -41,8 +48,8 @@ class WeightPruning(CompressionCallback):
         end_step: Optimizer step at which the target is reached; the default is ``start_step``.
         every: Epochs or steps from one decision to the next.
         schedule: ``"cubic"`` (Zhu and Gupta 2017), ``"linear"``, ``"exponential"``, ``"cosine"``, ``"multi_step"``,
-            ``"ramp"``, ``"one_shot"``, an object of ``functional.schedules``, or a function from progress in [0, 1] to
-            the reached fraction of the target.
+            ``"ramp"``, ``"one_shot"``, an object of ``functional.schedules`` such as ``Cubic(initial=0.3)``, or a
+            function from progress in [0, 1] to the reached fraction of the target.
         scope: ``"global"``, ``"layer"`` or ``"erk"``; see ``prune_``.
         pattern: ``"unstructured"``, N:M such as ``"2:4"``, or blocks such as ``"1x4"``; see ``prune_``.
         score: ``"magnitude"``; ``"taylor"``, the sum of |w g| over the steps since the last decision; ``"movement"``,
@@ -50,10 +57,11 @@ class WeightPruning(CompressionCallback):
             ``"random"``; or a function from a weight to its importance. See ``prune_``.
         min_kept: Weights that every layer keeps at least, a number or a fraction.
         regrowth: ``RigL(...)`` or ``Splicing()`` of ``functional.regrowth``: lets pruned weights come back.
-        rewind_step: After every decision, put all parameters and buffers back to their values at this optimizer step
-            and clear the optimizers' states (Frankle et al. 2019, arXiv:1903.01611); None: go on from where they are.
-            The learning rate is not rewound.
-        include: Layers to prune, globs over qualified names or class names; default: every linear and convolution.
+        rewind_step: After every decision, put all parameters and buffers back to their values at this optimizer step,
+            clear the optimizers' states and start averages anew (Frankle et al. 2019, arXiv:1903.01611); None: go on
+            from where they are. The learning rate is not rewound.
+        include: Layers to prune, globs over qualified names or class names; default: every linear and convolution, and
+            the projections of attention.
         exclude: Layers to leave alone.
         seed: Of ``score="random"``; the same on every rank.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
@@ -147,6 +155,10 @@ class WeightPruning(CompressionCallback):
         """Return whether the epochs of the decisions are certain."""
         return not self.clock.in_steps or self._steps_per_epoch != math.inf
 
+    def decides_in_steps(self) -> bool:
+        """Return whether the masks change at steps, not at the starts of epochs."""
+        return self.clock.in_steps or isinstance(self.regrowth, RigL)
+
     def reset(self) -> None:
         """Forget an earlier fit."""
         super().reset()
@@ -154,33 +166,41 @@ class WeightPruning(CompressionCallback):
         self._scores: dict[str, Tensor] = {}
         self._hidden: dict[str, Tensor] = {}
         self._early: dict[str, Tensor] = {}
+        self._weights: dict[str, nn.Parameter] = {}
         self._done = 0
         self._inputs = NetworkInputs()
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise unless the patterns match and the schedule ends within the fit."""
-        self.target.check(network, include=self.include, exclude=self.exclude)
+        self.target.counts(network, self._select(network))
         self.clock.check_epochs(max_epochs)
 
     def check_steps(self, steps: float) -> None:
-        """Raise unless the schedule of steps ends within the fit."""
+        """Raise unless the schedule of steps ends within the fit, and there is something to rewind."""
         self.clock.check_steps(steps)
         if isinstance(self.regrowth, RigL) and self.regrowth.end_step > steps:
             raise ValueError(f"end_step of RigL must be at most {steps:g}, the steps of the fit, got {self.regrowth}")
+        last = self.clock.timeline.end * (1 if self.clock.in_steps else self._steps_per_epoch)
+        if self.rewind_step is not None and self.rewind_step >= last:
+            raise ValueError(
+                f"rewind_step must be below {last:g}, the optimizer step of the last decision, got {self.rewind_step}:"
+                " nothing would be rewound"
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the masks of a resumed run, and apply masks after every step of every optimizer."""
         super().on_fit_start(trainer, pl_module)
-        weights = self._weights(pl_module)
+        network = find_network(pl_module, self.network)
+        # Chosen once: a layer that is frozen later, or for a moment (toggle_optimizer), stays one of them.
+        weights = self._weights = self._select(network)
         for kept in (self._masks, self._scores, self._hidden):
             if kept:
                 kept.update(state_tensors("WeightPruning", kept, weights))
         self._projection = Projection(self._hidden if isinstance(self.regrowth, Splicing) else None)
         self._projection.set_masks(weights, self._masks)
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._projection)
+        self.after_steps(trainer, self._projection)
         if self.score == "synflow":
-            self._inputs.watch(find_network(pl_module, self.network))
+            self._inputs.watch(network)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune what a schedule of epochs asks for."""
@@ -192,8 +212,7 @@ class WeightPruning(CompressionCallback):
     ) -> None:
         """Prune what a schedule of steps asks for; remember the weights to rewind to."""
         if self.rewind_step is not None and trainer.global_step >= self.rewind_step and not self._early:
-            network = find_network(pl_module, self.network)
-            self._early = {name: value.detach().clone() for name, value in network.state_dict().items()}
+            self._early = state_to_rewind(find_network(pl_module, self.network), self._hidden)
         if self.score == "synflow":
             self._inputs.take_from(pl_module, batch)
         if self.clock.in_steps or self.score == "synflow":
@@ -203,7 +222,7 @@ class WeightPruning(CompressionCallback):
         """Read the gradients for scores and regrowth; leave pruned weights out of the norm that clipping takes."""
         accumulate = _ACCUMULATED.get(self.score) if isinstance(self.score, str) else None
         if accumulate is not None and self._done < self.clock.count:
-            for name, weight in stepped(self._weights(pl_module), optimizer).items():
+            for name, weight in stepped(self._weights, optimizer).items():
                 assert weight.grad is not None
                 score = accumulate(weight, weight.grad)
                 # Anew where channels were removed since.
@@ -224,10 +243,8 @@ class WeightPruning(CompressionCallback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise if the fit ended before the target."""
-        weights = self._weights(pl_module)
-        if self._masks:
-            # The product of a negative weight and its mask is -0.0, a second zero to every coder.
-            apply_masks_(weights, {name: mask.to(weights[name].device) for name, mask in self._masks.items()})
+        # The strategy may have moved the weights to the CPU by now.
+        apply_masks_(self._weights, {name: mask.to(self._weights[name].device) for name, mask in self._masks.items()})
         if self._done < self.clock.count and self.must_be_done(trainer):
             timeline = self.clock.timeline
             raise ValueError(
@@ -249,8 +266,9 @@ class WeightPruning(CompressionCallback):
         self._hidden, self._early = dict(state_dict["hidden"]), dict(state_dict["early"])
         self._done, self._inputs = state_dict["decisions"], NetworkInputs(state_dict["inputs"])
 
-    def _weights(self, pl_module: L.LightningModule) -> dict[str, nn.Parameter]:
-        return self.target.select(find_network(pl_module, self.network), self.include, self.exclude)
+    def _select(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        # Pruning goes on with a layer that was frozen after it was pruned: in a resumed fit, or one that goes on.
+        return self.target.select(network, self.include, self.exclude, trainable=not self._masks)
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, *, gradients: bool = False) -> None:
         """Choose new masks if a decision is due."""
@@ -258,10 +276,10 @@ class WeightPruning(CompressionCallback):
         taken = self.clock.taken_by(time)
         if taken <= self._done or (self.score == "snip" and not gradients):
             return
-        weights = self._weights(pl_module)
+        weights = self._weights
         if self.score == "snip" and any(weight.grad is None for weight in weights.values()):
             return  # the optimizer of other weights steps first
-        masks = self._choose(pl_module, weights, progress=self.clock.progress(time))
+        masks = self._choose(pl_module, progress=self.clock.progress(time))
         require_agreement(trainer, masks.values(), what="the pruning masks")
         self._done = taken
         if self.score == "taylor":
@@ -272,63 +290,54 @@ class WeightPruning(CompressionCallback):
             self._rewind(trainer, pl_module)
 
     @torch.no_grad()
-    def _choose(
-        self, pl_module: L.LightningModule, weights: Mapping[str, nn.Parameter], *, progress: float
-    ) -> dict[str, Tensor]:
+    def _choose(self, pl_module: L.LightningModule, *, progress: float) -> dict[str, Tensor]:
+        network, weights = find_network(pl_module, self.network), self._weights
         if self.score == "synflow":
-            return synflow_masks(
-                find_network(pl_module, self.network), self.target, weights, self._inputs.example(pl_module.device)
-            )
+            return synflow_masks(network, self.target, weights, self._inputs.example(pl_module.device))
         if self.score in _ACCUMULATED:
+            if not self._scores:
+                raise ValueError(
+                    f"score {self.score!r} must see gradients before a decision, got none since the fit began or the"
+                    " last decision: start later than the fit does, or, in steps, decide less often"
+                )
             scores = {name: self._scores.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
-        else:
-            # What is hidden is zero where a weight is not, and the other way round.
-            seen = {name: weight + self._hidden[name] if self._hidden else weight for name, weight in weights.items()}
-            for name, weight in weights.items():
-                seen[name].grad = weight.grad
-            # One and the same draw for every decision: random masks grow, they do not wander.
-            scores = weight_scores(seen, self.score, generator=torch.Generator().manual_seed(self.seed))
-        return self.target.masks(scores, progress=progress)
+            return self.target.masks(network, scores, progress=progress)
+        # What is hidden is zero where a weight is not, and the other way round.
+        seen = {name: weight + self._hidden[name] if self._hidden else weight for name, weight in weights.items()}
+        for name, weight in weights.items():
+            seen[name].grad = weight.grad
+        # One and the same draw for every decision: random masks grow, they do not wander.
+        generator = torch.Generator().manual_seed(self.seed)
+        return score_masks(network, self.target, seen, self.score, progress=progress, generator=generator)
 
     @torch.no_grad()
     def _set_masks(self, trainer: L.Trainer, pl_module: L.LightningModule, masks: dict[str, Tensor]) -> None:
-        weights = self._weights(pl_module)
         if isinstance(self.regrowth, Splicing):
-            for name, weight in weights.items():
-                hidden = self._hidden.setdefault(name, torch.zeros_like(weight))
-                whole = weight + hidden
-                weight.copy_(whole)
-                hidden.copy_(whole.masked_fill_(masks[name], 0.0))
+            splice_(self._weights, self._hidden, masks)
         self._masks = masks
-        self._projection.set_masks(weights, masks)
+        self._projection.set_masks(self._weights, masks)
         for network in self.networks(trainer, pl_module):
             apply_masks_(dict(network.named_parameters(remove_duplicate=False)), masks)
 
-    @torch.no_grad()
     def _exchange(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Drop the smallest connections of each layer and grow as many of large gradient; they start at zero."""
         assert isinstance(self.regrowth, RigL)
         fraction = self.regrowth.fraction_at(trainer.global_step)
-        if not fraction:
-            return
-        masks = dict(self._masks)
-        for name, weight in stepped(self._weights(pl_module), optimizer).items():
-            assert weight.grad is not None
-            masks[name] = exchanged_mask(weight, weight.grad, self._masks[name], fraction=fraction)
-            fresh = masks[name] & ~self._masks[name]
-            for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value.masked_fill_(fresh, 0.0)  # gathered while the connection was not there
-        require_agreement(trainer, masks.values(), what="the pruning masks")
-        self._set_masks(trainer, pl_module, masks)
+        if fraction:
+            masks = exchange_(stepped(self._weights, optimizer), self._masks, optimizer, fraction=fraction)
+            require_agreement(trainer, masks.values(), what="the pruning masks")
+            self._set_masks(trainer, pl_module, masks)
 
     def _rewind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        network = find_network(pl_module, self.network)
-        network.load_state_dict(self._early)
-        apply_masks_(dict(network.named_parameters(remove_duplicate=False)), self._masks)
+        """Go back, and let everything that has gathered since start anew: moments, averages, hidden weights."""
+        for network in self.networks(trainer, pl_module):
+            rewind_(network, self._early, self._masks)
+        for name, hidden in self._hidden.items():
+            hidden.copy_(self._early[name].masked_fill(self._masks[name], 0.0))
+        for average in averages_of(trainer):
+            average.n_averaged.zero_()
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
 
     def _reached(self) -> float:
         size = sum(mask.numel() for mask in self._masks.values())
-        return 1.0 - sum(int(mask.sum()) for mask in self._masks.values()) / size if size else 0.0
+        return 1.0 - sum(int(mask.count_nonzero()) for mask in self._masks.values()) / size if size else 0.0

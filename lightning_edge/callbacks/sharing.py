@@ -17,9 +17,9 @@ from lightning_edge.callbacks.base import (
     state_tensors,
     stepped,
 )
-from lightning_edge.callbacks.byte_budget import constant_bytes, file_bytes, record_bytes, share_within
 from lightning_edge.callbacks.inputs import NetworkInputs
 from lightning_edge.callbacks.sharing_options import check_budget, check_training
+from lightning_edge.export.byte_budget import constant_bytes, file_bytes, record_bytes, share_within
 from lightning_edge.functional.sharing import Init
 from lightning_edge.surgery.codebooks import Codebooks
 from lightning_edge.surgery.selection import find_network
@@ -112,6 +112,7 @@ class WeightSharing(CompressionCallback):
         if not self.at_epochs or self.at_epochs[0] < 0:
             raise ValueError(f"at_epochs must name at least one epoch >= 0, got {list(at_epochs)}")
         self.books = Codebooks(init, channel_scale, rate, group_channels, block)
+        self.books.check_clusters(self.clusters)
         check_training(self.at_epochs, self.books, gradient, importance, reassign_every, freeze_epoch)
         check_budget(max_bytes, self.books, reassign_every, freeze_epoch)
         self.gradient, self.importance = gradient, importance
@@ -168,8 +169,7 @@ class WeightSharing(CompressionCallback):
                 kept.update(state_tensors("WeightSharing", kept, self._weights))
         self._scales = {name: scales.to(self._weights[name].device) for name, scales in self._scales.items()}
         self._keep_shared()
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._after_step)
+        self.after_steps(trainer, self._after_step)
         if self.max_bytes is not None:
             self._inputs.watch(find_network(pl_module, self.network))
 

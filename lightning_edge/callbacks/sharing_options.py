@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lightning_edge.export.byte_budget import check_max_bytes
 from lightning_edge.surgery.codebooks import Codebooks
 
 GRADIENTS = ("mean", "sum")
@@ -66,8 +67,7 @@ def check_budget(max_bytes: int | None, books: Codebooks, reassign_every: int | 
     """
     if max_bytes is None:
         return
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
-        raise ValueError(f"max_bytes must be a whole number >= 1, or None, got {max_bytes!r}")
+    check_max_bytes(max_bytes)
     if books.rate:
         raise ValueError(f"rate must be 0 with max_bytes, got {books.rate}: it is found at every clustering")
     if books.block > 1:

@@ -19,6 +19,7 @@ def export(
     *,
     example_inputs: "tuple[Any, ...] | Mapping[str, Any]",
     round_small: bool = True,
+    adaptive: bool = True,
     recipe_hash: str = "",
 ) -> Path:
     """Write the network as one file that holds all it needs; the suffix of ``path`` says which kind.
@@ -36,6 +37,8 @@ def export(
             the values of tensors do not matter. The file takes their tensors one by one, also where they are nested.
         round_small: In a ``.edge`` file, round biases, norms and the values of shared weights to float16 precision,
             by at most one part in 2048: two bytes each instead of four. Other weights keep their bits.
+        adaptive: In a ``.edge`` file, also code tensors under adaptive contexts where that is smaller: a few percent
+            less, for tenths of a second more when the file is loaded.
         recipe_hash: Kept in a ``.edge`` file to say which settings made it.
 
     Returns:
@@ -59,7 +62,7 @@ def export(
         )
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         draft = Path(folder) / path.name
-        _write(module, draft, example_inputs, round_small, recipe_hash)
+        _write(module, draft, example_inputs, round_small, adaptive, recipe_hash)
         draft.replace(path)
     return path
 
@@ -69,6 +72,7 @@ def _write(
     path: Path,
     example_inputs: "tuple[Any, ...] | Mapping[str, Any]",
     round_small: bool,
+    adaptive: bool,
     recipe_hash: str,
 ) -> None:
     # Imported here, so that reading a file needs no torch and writing ONNX no ExecuTorch.
@@ -96,4 +100,4 @@ def _write(
     merge_channel_scales_(model)
     if round_small:
         round_small_(model)
-    pack(model, path, recipe_hash=recipe_hash)
+    pack(model, path, recipe_hash=recipe_hash, adaptive=adaptive)

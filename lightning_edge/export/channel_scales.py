@@ -24,8 +24,8 @@ def merge_channel_scales_(model: onnx.ModelProto) -> tuple[str, ...]:
     graph = Graph(model.graph)
     changed = []
     for node in list(model.graph.node):
-        name = node.input[1] if len(node.input) > 1 else ""
-        if not _is_layer(node, graph) or graph.uses(name) > 1:
+        name = _weight_of(node, graph)
+        if name is None:
             continue
         weight = graph.constants[name]
         found = channel_scales(torch.from_numpy(weight.copy()))
@@ -33,9 +33,9 @@ def merge_channel_scales_(model: onnx.ModelProto) -> tuple[str, ...]:
             continue
         scales, codes, codebook = (part.numpy() for part in found)
         graph.replace(name, codebook[codes])
-        product = _product_behind(graph, node)
+        product = _product_behind(graph, node, weight)
         if product is None:
-            _insert_product(graph, node, scales)
+            _insert_product(graph, node, name, scales)
         else:
             factor = graph.constants[product.input[1]]
             product.input[1] = graph.changed(product.input[1], factor * scales.reshape(factor.shape))
@@ -43,34 +43,43 @@ def merge_channel_scales_(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(changed)
 
 
-def _is_layer(node: onnx.NodeProto, graph: Graph) -> bool:
-    if node.op_type not in ("Conv", "Gemm") or node.input[1] not in graph.constants:
-        return False
-    flags = {attribute.name: attribute.i for attribute in node.attribute}
-    rows_are_outputs = node.op_type == "Conv" or flags.get("transB", 0) == 1
-    return rows_are_outputs and graph.constants[node.input[1]].dtype == np.float32
+def _weight_of(node: onnx.NodeProto, graph: Graph) -> str | None:
+    """Return the name of a layer's weight whose rows are output channels, if no other node reads it."""
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or graph.uses(node.input[1]) > 1:
+        return None
+    name, flags = node.input[1], {attribute.name: attribute.i for attribute in node.attribute}
+    if node.op_type == "MatMul":
+        transpose = graph.producers.get(name)
+        if transpose is None or transpose.op_type != "Transpose":
+            return None
+        name = transpose.input[0]
+    elif node.op_type == "Gemm" and not flags.get("transB", 0):
+        return None
+    weight = graph.constants.get(name)
+    matrix = weight is not None and weight.dtype == np.float32 and (weight.ndim == 2 or node.op_type == "Conv")
+    return name if matrix and graph.uses(name) == 1 else None
 
 
 def _has_bias(node: onnx.NodeProto) -> bool:
     return len(node.input) > 2 and node.input[2] != ""
 
 
-def _product_behind(graph: Graph, node: onnx.NodeProto) -> onnx.NodeProto | None:
+def _product_behind(graph: Graph, node: onnx.NodeProto, weight: Floats) -> onnx.NodeProto | None:
     """Return the only user of a layer without bias, if it is a product with one constant per channel."""
     behind = [other for other in graph.graph.node if node.output[0] in other.input]
     if _has_bias(node) or graph.uses(node.output[0]) != 1 or not behind or behind[0].op_type != "Mul":
         return None
-    factor, weight = graph.constants.get(behind[0].input[1]), graph.constants[node.input[1]]
+    factor = graph.constants.get(behind[0].input[1])
     per_channel = (len(weight), *[1] * (weight.ndim - 2))
     return behind[0] if factor is not None and factor.shape == per_channel else None
 
 
-def _insert_product(graph: Graph, node: onnx.NodeProto, scales: Floats) -> None:
+def _insert_product(graph: Graph, node: onnx.NodeProto, name: str, scales: Floats) -> None:
     """Put a product with the scales behind a layer, whose bias is divided by them."""
-    weight = graph.constants[node.input[1]]
+    weight = graph.constants[name]
     if _has_bias(node):
         node.input[2] = graph.changed(node.input[2], graph.constants[node.input[2]] / scales)
-    factor = graph.add(f"{node.input[1]}_scale", scales.reshape(-1, *[1] * (weight.ndim - 2)))
+    factor = graph.add(f"{name}_scale", scales.reshape(-1, *[1] * (weight.ndim - 2)))
     output = node.output[0]
     node.output[0] = f"{output}_unscaled"
     product = helper.make_node("Mul", [node.output[0], factor], [output])

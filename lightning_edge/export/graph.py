@@ -33,6 +33,12 @@ class Graph:
         item = next(item for item in self.graph.initializer if item.name == name)
         item.CopyFrom(numpy_helper.from_array(value, name))
 
+    def rename(self, name: str, new_name: str, value: _Array) -> None:
+        """Give a constant another name, which must be free, and other elements; its users still read the old name."""
+        self.replace(name, value)
+        next(item for item in self.graph.initializer if item.name == name).name = new_name
+        self.constants[new_name] = self.constants.pop(name)
+
     def changed(self, name: str, value: _Array) -> str:
         """Return the name of a constant with other elements for one of its users: the same if it is the only one."""
         if self.uses(name) > 1:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_edge.export.integers import use_integer_kernels_
 from lightning_edge.export.signature import flatten_
+from lightning_edge.export.transposed import restore_transposed_
 from lightning_edge.surgery.calls import as_arguments, two_rows
 from lightning_edge.surgery.capture import keep_random_state
 from lightning_edge.surgery.quantization import deployed
@@ -24,7 +25,7 @@ def to_onnx(module: nn.Module, example_inputs: Any) -> onnx.ModelProto:
     A captured network becomes its int8 network: weights stored as int8, activations uint8 (the same numbers as int8
     ones with 128 more), biases int32. In a float network every weight keeps its bits: batch norms become a scale and a
     shift behind the layer instead of being folded into it, so zeros and shared values survive. Weights have the names
-    of the module; nothing depends on the machine, so that exporting twice gives the same bytes.
+    and shapes of the module; nothing depends on the machine, so that exporting twice gives the same bytes.
 
     Args:
         module: The network, plain or captured by :func:`~lightning_edge.surgery.quantization.capture_`; not changed.
@@ -58,6 +59,7 @@ def to_onnx(module: nn.Module, example_inputs: Any) -> onnx.ModelProto:
     assert program is not None
     model = program.model_proto
     use_integer_kernels_(model)
+    restore_transposed_(model, dict(module.named_parameters()))
     _rename(model)
     _strip(model)
     onnx.checker.check_model(model)

@@ -51,10 +51,9 @@ class AdaptiveTables:
 
     def count(self, contexts: Integers, symbols: Integers) -> None:
         """Take in the symbols of a column, each under its context."""
-        size = self._counts.size
-        seen = np.bincount(contexts * self._alphabet + symbols, minlength=size).reshape(self._counts.shape)
-        self._counts += INCREMENT * seen
-        self._totals += INCREMENT * seen.sum(1)
+        # In place: a column of few rows must not cost as much as all the counts there are.
+        np.add.at(self._counts.reshape(-1), contexts * self._alphabet + symbols, INCREMENT)
+        np.add.at(self._totals, contexts, INCREMENT)
         if int(self._totals.max()) > _MAX_TOTAL:
             for context in np.flatnonzero(self._totals > _MAX_TOTAL):
                 self._counts[context] = (self._counts[context] + 1) >> 1

@@ -53,7 +53,9 @@ def erdos_renyi_kernel(shapes: Sequence[tuple[int, ...]], *, sparsity: float) ->
     return _round_to_sum(quotas, count)
 
 
-def global_masks(scores: Sequence[Tensor], *, count: int, min_kept: Sequence[int]) -> list[Tensor]:
+def global_masks(
+    scores: Sequence[Tensor], *, count: int, min_kept: Sequence[int], absolute: bool = False
+) -> list[Tensor]:
     """Return one mask per tensor, False at the ``count`` smallest scores of all, while each keeps its floor.
 
     A selection over all layers can empty one of them, which cuts the network in two. Layers that would fall below
@@ -64,6 +66,7 @@ def global_masks(scores: Sequence[Tensor], *, count: int, min_kept: Sequence[int
         scores: Tensors of any shapes; compared as float32, ties by index.
         count: How many weights go.
         min_kept: How many weights each tensor keeps at least.
+        absolute: Compare absolute values.
 
     Returns:
         Boolean tensors of the same shapes, True = kept; exactly ``count`` elements in all are False.
@@ -89,13 +92,13 @@ def global_masks(scores: Sequence[Tensor], *, count: int, min_kept: Sequence[int
     masks: dict[int, Tensor] = {}
     free = list(range(len(scores)))
     while True:
-        selected = smallest_masks([scores[i] for i in free], count=count)
-        below = {i for i, mask in zip(free, selected, strict=True) if int(mask.sum()) < min_kept[i]}
+        selected = smallest_masks([scores[i] for i in free], count=count, absolute=absolute)
+        below = {i for i, mask in zip(free, selected, strict=True) if int(mask.count_nonzero()) < min_kept[i]}
         if not below:
             masks.update(zip(free, selected, strict=True))
             return [masks[i] for i in range(len(scores))]
         for i in below:
-            masks[i] = smallest_masks([scores[i]], count=sizes[i] - min_kept[i])[0]
+            masks[i] = smallest_masks([scores[i]], count=sizes[i] - min_kept[i], absolute=absolute)[0]
             count -= sizes[i] - min_kept[i]
         free = [i for i in free if i not in below]
 

@@ -31,7 +31,7 @@ MAX_SYMBOLS = 256  # of a pass: a larger alphabet is split
 MAX_LANES = 1 << 10
 _MAX_COLUMNS = 1 << 20
 _MAX_CLASSES = 64
-_FREE_STEPS, _STEPS_PER_BYTE = 1 << 10, 4  # a step is some operations of numpy: a file may ask for so many of them
+_STEPS_PER_BYTE = 6  # a step is some operations of numpy: all tensors of a file may ask for so many of them
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ def steps(columns: tuple[int, int], lanes: int, plan: Plan) -> int:
 def steps_allowed(size: int) -> int:
     """Return how many steps bytes of this number may ask for, so that a small file cannot keep a reader busy for long.
 
-    >>> steps_allowed(0)
-    1024
+    >>> steps_allowed(100)
+    600
     """
-    return _FREE_STEPS + _STEPS_PER_BYTE * size
+    return _STEPS_PER_BYTE * size
 
 
 def _walk(

@@ -66,7 +66,8 @@ def decoupled_loss(
     _check_positive("temperature", temperature)
     if labels.shape != student.shape[:1] or labels.is_floating_point():
         raise ValueError(
-            f"labels must be {len(student)} integers, one of each row, got {labels.dtype} of {tuple(labels.shape)}"
+            f"labels must be {len(student)} integers, one of each row, got {labels.dtype} of {tuple(labels.shape)}: of"
+            " tokens, flatten the labels like the logits"
         )
     own = F.log_softmax(student / temperature, dim=1)
     want = F.log_softmax(teacher.detach() / temperature, dim=1)

@@ -22,7 +22,8 @@ class Unstructured:
 class NofM:
     """At most ``kept`` of every ``group`` consecutive weights along the input dimension are not zero.
 
-    The input dimension is dimension 1; in a convolution the rule holds at each kernel position. A last group that is
+    The input dimension is dimension 1 (``prune_`` turns the weights of transposed convolutions around first); in a
+    convolution the rule holds at each kernel position. A last group that is
     shorter keeps ``min(kept, its size)``. 2:4 is what sparse tensor cores of GPUs run (Mishra et al. 2021,
     arXiv:2104.08378).
 

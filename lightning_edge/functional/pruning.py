@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,17 +24,18 @@ def pruned_count(size: int, sparsity: float) -> int:
     return int(Decimal(repr(float(sparsity))) * size)
 
 
-def smallest_masks(scores: Sequence[Tensor], *, count: int) -> list[Tensor]:
+def smallest_masks(scores: Sequence[Tensor], *, count: int, absolute: bool = False) -> list[Tensor]:
     """Return one mask per tensor, False at the ``count`` smallest scores of all tensors together.
 
-    The threshold is the exact ``count``-th smallest score, found by a radix histogram over the order-preserving integer
-    form of float32: one pass over the upper 16 bits, one over the lower 16 bits of the bucket that holds it. Memory
-    beyond the masks is one integer copy of the largest tensor. Ties at the threshold are broken by index: the first in
-    the order of the tensors and of their elements go.
+    The threshold is the exact ``count``-th smallest score, found by a radix histogram over the order-preserving
+    integer form of float32: one pass over the upper 16 bits, one over the lower 16 bits of the bucket that holds it.
+    Memory beyond the masks is that of a small part of the scores at a time. Ties at the threshold are broken by index:
+    the first in the order of the tensors and of their elements go.
 
     Args:
         scores: Tensors of any shapes; compared as float32.
         count: How many scores to select, in [0, total number of scores].
+        absolute: Compare absolute values: weights are their own scores, and need no copy.
 
     Returns:
         Boolean tensors of the same shapes; exactly ``count`` elements in all are False.
@@ -49,18 +51,22 @@ def smallest_masks(scores: Sequence[Tensor], *, count: int) -> list[Tensor]:
         raise ValueError(f"count must lie in [0, {total}], got {count}")
     if count == 0:
         return [torch.ones(score.shape, dtype=torch.bool, device=score.device) for score in scores]
-    upper, below = _bucket_of(scores, count, digit=lambda keys: (keys >> 16) + _HALF // 2)
+    keys_of = partial(_keys_of, absolute=absolute)
+    upper, below = _bucket_of(scores, count, digit=lambda part: (keys_of(part) >> 16) + _HALF // 2)
     prefix = upper - _HALF // 2
-    lower, below_in_bucket = _bucket_of(
-        scores, count - below, digit=lambda keys: keys[keys >> 16 == prefix] & (_HALF - 1)
-    )
+
+    def lower_digits(part: Tensor) -> Tensor:
+        keys = keys_of(part)
+        return keys[keys >> 16 == prefix] & (_HALF - 1)
+
+    lower, below_in_bucket = _bucket_of(scores, count - below, digit=lower_digits)
     threshold = (prefix << 16) | lower
     ties = count - below - below_in_bucket
     masks = []
     for score in scores:
         mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
         for part, kept in zip(_chunks(score), _chunks(mask), strict=True):
-            keys = sortable_bits(part, what="scores")
+            keys = keys_of(part)
             torch.gt(keys, threshold, out=kept)
             equal = (keys == threshold).nonzero().flatten()
             kept[equal[ties:]] = True
@@ -74,12 +80,16 @@ def _chunks(score: Tensor) -> Sequence[Tensor]:
     return torch.split(score.detach().flatten(), _CHUNK) if score.numel() else ()
 
 
+def _keys_of(part: Tensor, *, absolute: bool) -> Tensor:
+    return sortable_bits(part.abs() if absolute else part, what="scores")
+
+
 def _bucket_of(scores: Sequence[Tensor], count: int, *, digit: Callable[[Tensor], Tensor]) -> tuple[int, int]:
     """Return the bucket that holds the ``count``-th smallest digit, and how many digits lie in smaller buckets."""
     histogram = torch.zeros(_HALF, dtype=torch.int64)
     for score in scores:
         for part in _chunks(score):
-            histogram += torch.bincount(digit(sortable_bits(part, what="scores")), minlength=_HALF).cpu()
+            histogram += torch.bincount(digit(part), minlength=_HALF).cpu()
     cumulative = histogram.cumsum(0)
     bucket = int(torch.searchsorted(cumulative, count))
     return bucket, int(cumulative[bucket] - histogram[bucket])

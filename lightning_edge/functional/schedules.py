@@ -20,6 +20,25 @@ def _portions(name: str, values: Iterable[float]) -> tuple[float, ...]:
     return portions
 
 
+def _check_fraction(name: str, value: float) -> None:
+    """Refuse what can only be an epoch or a step, and say how to write it."""
+    if value > 1.0:
+        raise ValueError(
+            f"{name} must be fractions of the way from start to end, in [0, 1], got {value:g}: write an epoch or a step"
+            f" as (time - start) / (end - start), for example {value:g} of a schedule from 0 to {2 * value:g} as 0.5"
+        )
+
+
+def _check_initial(initial: float) -> None:
+    if not 0.0 <= initial < 1.0:
+        raise ValueError(f"initial must lie in [0, 1), the fraction of the target at the start, got {initial}")
+
+
+def _above(initial: float, portion: float) -> float:
+    """Return where ``portion`` of the way from ``initial`` to 1 ends."""
+    return initial + (1.0 - initial) * portion
+
+
 @dataclass(frozen=True)
 class OneShot:
     """The whole target at the first decision.
@@ -37,28 +56,51 @@ class OneShot:
 class Linear:
     """Equal steps.
 
-    >>> Linear()(0.25)
-    0.25
+    Args:
+        initial: Fraction of the target that the first decision brings, in [0, 1).
+
+    Raises:
+        ValueError: If ``initial`` is out of its range.
+
+    >>> Linear()(0.25), Linear(initial=0.5)(0.25)
+    (0.25, 0.625)
     """
 
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_initial(self.initial)
+
     def __call__(self, progress: float) -> float:
-        """Return ``progress``."""
-        return progress
+        """Return initial + (1 - initial) progress."""
+        return _above(self.initial, progress)
 
 
 @dataclass(frozen=True)
 class Cubic:
     """Fast while weights are plenty, slow near the target.
 
-    Zhu and Gupta 2017 (arXiv:1710.01878), equation 1 with an initial sparsity of zero.
+    Zhu and Gupta 2017 (arXiv:1710.01878), equation 1. Their initial sparsity s_i is absolute; here it is a fraction of
+    the target, as everything that a schedule says: ``Cubic(initial=s_i / s_f)``.
+
+    Args:
+        initial: Fraction of the target that the first decision brings, in [0, 1).
+
+    Raises:
+        ValueError: If ``initial`` is out of its range.
 
     >>> Cubic()(0.5)
     0.875
     """
 
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_initial(self.initial)
+
     def __call__(self, progress: float) -> float:
-        """Return 1 - (1 - progress)^3."""
-        return 1.0 - (1.0 - progress) ** 3
+        """Return 1 - (1 - initial) (1 - progress)^3."""
+        return _above(self.initial, 1.0 - (1.0 - progress) ** 3)
 
 
 @dataclass(frozen=True)
@@ -67,36 +109,50 @@ class Exponential:
 
     Args:
         steepness: How many times smaller by a factor of e the distance gets, above 0; near 0 the schedule is linear.
+        initial: Fraction of the target that the first decision brings, in [0, 1).
 
     Raises:
-        ValueError: If ``steepness`` is not a positive, finite number.
+        ValueError: If ``steepness`` is not a positive, finite number, or ``initial`` is out of its range.
 
     >>> round(Exponential()(0.5), 3)
     0.924
     """
 
     steepness: float = 5.0
+    initial: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_initial(self.initial)
         if not 0.0 < self.steepness < math.inf:
             raise ValueError(f"steepness must be a finite number above 0, got {self.steepness}")
 
     def __call__(self, progress: float) -> float:
-        """Return (1 - exp(-steepness progress)) / (1 - exp(-steepness))."""
-        return math.expm1(-self.steepness * progress) / math.expm1(-self.steepness)
+        """Return initial + (1 - initial) (1 - exp(-steepness progress)) / (1 - exp(-steepness))."""
+        return _above(self.initial, math.expm1(-self.steepness * progress) / math.expm1(-self.steepness))
 
 
 @dataclass(frozen=True)
 class Cosine:
     """Slow at both ends, fastest half way.
 
+    Args:
+        initial: Fraction of the target that the first decision brings, in [0, 1).
+
+    Raises:
+        ValueError: If ``initial`` is out of its range.
+
     >>> round(Cosine()(0.25), 3)
     0.146
     """
 
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_initial(self.initial)
+
     def __call__(self, progress: float) -> float:
-        """Return (1 - cos(pi progress)) / 2."""
-        return (1.0 - math.cos(math.pi * progress)) / 2.0
+        """Return initial + (1 - initial) (1 - cos(pi progress)) / 2."""
+        return _above(self.initial, (1.0 - math.cos(math.pi * progress)) / 2.0)
 
 
 @dataclass(frozen=True)
@@ -104,7 +160,8 @@ class MultiStep:
     """Stairs: each milestone brings a fraction of the target, and nothing happens in between.
 
     Args:
-        milestones: Progress in [0, 1] from which on the fraction of the same index is reached, rising.
+        milestones: Progress in [0, 1] from which on the fraction of the same index is reached, rising; epoch 12 of a
+            schedule from epoch 2 to 22 is (12 - 2) / (22 - 2) = 0.5.
         fractions: Fractions of the target in [0, 1], never falling, the last one 1. Before the first milestone it is 0.
 
     Raises:
@@ -119,6 +176,7 @@ class MultiStep:
 
     def __post_init__(self) -> None:
         # Lists, as a YAML file gives them, would make the schedule unhashable.
+        _check_fraction("milestones", max(self.milestones, default=0.0))
         object.__setattr__(self, "milestones", _portions("milestones", self.milestones))
         object.__setattr__(self, "fractions", _portions("fractions", self.fractions))
         if len(self.milestones) != len(self.fractions):
@@ -144,7 +202,7 @@ class Ramp:
     """A constant level first, then equal steps to the target.
 
     Args:
-        hold: Progress in [0, 1) until which the level is held.
+        hold: Progress in [0, 1) until which the level is held, as the milestones of :class:`MultiStep`.
         level: Fraction of the target in [0, 1] that is held.
 
     Raises:
@@ -158,6 +216,7 @@ class Ramp:
     level: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_fraction("hold", self.hold)
         if not 0.0 <= self.hold < 1.0:
             raise ValueError(f"hold must lie in [0, 1), got {self.hold}: at 1 nothing is left of the ramp")
         if not 0.0 <= self.level <= 1.0:
@@ -189,7 +248,7 @@ def find_schedule(schedule: str | Schedule) -> Schedule:
         ValueError: If the name is unknown, or a callable leaves [0, 1] or does not end at 1; it is tried at 101 points.
 
     >>> find_schedule("cubic")
-    Cubic()
+    Cubic(initial=0.0)
     """
     if isinstance(schedule, str) and schedule in SCHEDULES:
         return SCHEDULES[schedule]

@@ -11,8 +11,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassHammingDistance
 
-from lightning_edge.surgery.channels import slim_channels_
-from lightning_edge.surgery.widths import WIDTHS_KEY
+from lightning_edge.surgery.widths import load_widths_
 
 Batch = tuple[Tensor, Tensor]
 
@@ -71,8 +70,7 @@ class ClassificationModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the network the widths of a checkpoint whose channels were removed, before its weights are loaded."""
-        if WIDTHS_KEY in checkpoint:
-            slim_channels_(self.network, manifest=checkpoint[WIDTHS_KEY])
+        load_widths_(self.network, checkpoint)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the smoothed cross entropy of the batch, in nats."""

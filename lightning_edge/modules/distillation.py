@@ -1,22 +1,22 @@
 """A LightningModule that trains a student, any LightningModule, with what a frozen teacher knows."""
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_edge.modules.classification import ClassificationModule
-from lightning_edge.modules.distillation_terms import DistillationTerm
-from lightning_edge.modules.matching import Matching
-from lightning_edge.modules.teachers import MovingAverage, OutputAdapter, Teachers, TeacherSource
+from lightning_edge.modules.distillation_terms import TASK, DistillationTerm, checked_terms
+from lightning_edge.modules.matching import Matching, OutputAdapter
+from lightning_edge.modules.rehearsal import rehearse
+from lightning_edge.modules.teachers import MovingAverage, Precision, Teachers, TeacherSource
 from lightning_edge.modules.wrapping import lend_hooks_, speaking_for
-from lightning_edge.surgery.capture import keep_random_state
 from lightning_edge.surgery.distillation import first_tensor, recorded
 from lightning_edge.surgery.selection import find_network, network_path
 
@@ -42,14 +42,19 @@ class DistillationModule(L.LightningModule):
         losses: Terms by name. Default: soft targets at temperature 4 with weight 0.9.
         task_weight: Of the student's own loss, >= 0.
         teacher_weights: Share of each teacher of a list; default: equal ones.
-        output_adapter: Returns the tensor to be matched of what a network returns, of student and teacher alike;
-            default: the output, or the first of a tuple.
+        teacher_precision: In which the teacher computes, ``"32"`` or ``"bf16"``; default: as the student does.
+        cache: Folder where the teacher's outputs are kept, for training data without random augmentation: it computes
+            each row once, in this run and the next. Other weights, layers or data are told apart. See
+            :class:`TeacherCache`.
+        output_adapter: Returns the tensor to be matched of what a network returns, of student and teacher alike; one
+            with a parameter ``batch`` gets the batch too, so as to leave padded tokens out. Default: the output, or the
+            first of a tuple.
         labels: Returns the labels of a batch, for a loss that needs them; default: what the batch has second.
         num_classes: Of a plain student.
 
     Raises:
         ValueError: If an argument is out of its range, or the student optimizes manually; when the fit begins, if
-            there is no teacher, or a layer does not exist.
+            there is no teacher, a layer does not exist, or a term cannot compare what its layers give.
 
     >>> module = DistillationModule(nn.Linear(4, 3), teacher=nn.Linear(4, 3), num_classes=3)
     >>> sorted(module.student_state_dict())
@@ -67,6 +72,8 @@ class DistillationModule(L.LightningModule):
         *,
         task_weight: float = 0.1,
         teacher_weights: Sequence[float] | None = None,
+        teacher_precision: Precision | None = None,
+        cache: str | Path | None = None,
         output_adapter: OutputAdapter | None = None,
         labels: Callable[[Any], Tensor] | None = None,
         num_classes: int = 10,
@@ -82,14 +89,12 @@ class DistillationModule(L.LightningModule):
                 " itself: a distillation loss could not be added to what it has already stepped"
             )
         default = {"soft_targets": DistillationTerm(weight=0.9, temperature=4.0)}
-        terms = default if losses is None else dict(losses)
-        if not terms:
-            raise ValueError("losses must hold at least one term, got none: leave it out for soft targets")
+        terms = checked_terms(default if losses is None else losses)
         self.task_weight, self.labels = task_weight, labels or _second
-        self.output_adapter = output_adapter or first_tensor
         self.matching: Matching | None = None
         if teacher is not None:
-            self.matching = Matching(terms, Teachers(_listed(teacher), teacher_weights), self.output_adapter)
+            teachers = Teachers(_listed(teacher), teacher_weights, precision=teacher_precision, cache=cache)
+            self.matching = Matching(terms, teachers, output_adapter or first_tensor)
         self.example_input_array = self.student.example_input_array
         lend_hooks_(self, self.student)
 
@@ -110,13 +115,10 @@ class DistillationModule(L.LightningModule):
         matching = self._taught()
         if matching.is_built:  # Lightning and callbacks call this more than once
             return
-        endless = self.trainer.max_epochs in (None, -1) or getattr(self.trainer, "fast_dev_run", False)
-        for term in matching.terms.values():
-            term.check(max_epochs=math.inf if endless else float(self.trainer.max_epochs or 0))
         network = find_network(self)
         matching.build(network)
-        if matching.adapted_terms:
-            matching.build_adapters(network, self._example())
+        if matching.rehearsed_terms:
+            rehearse(self, matching, network)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the student's optimizer, which also steps the adapters, in its first group."""
@@ -132,7 +134,7 @@ class DistillationModule(L.LightningModule):
         matching = self._taught()
         network = self.student.get_submodule(network_path(self.student))  # as it is called: compiled or not
         with recorded(network, matching.layers) as calls, speaking_for(self, self.student):
-            indexed = len(inspect.signature(self.student.training_step).parameters) > 1
+            indexed = is_param_in_hook_signature(self.student.training_step, "batch_idx", min_args=2)
             result = self.student.training_step(*([batch, batch_idx] if indexed else [batch]))
         if result is None:  # Lightning's way to skip a batch
             return None
@@ -141,17 +143,34 @@ class DistillationModule(L.LightningModule):
                 f"training_step of {type(self.student).__name__} must call its network, a {type(network).__name__}, got"
                 " no call: call the module, not its forward"
             )
-        needs_labels = any(term.needs_labels for term in matching.terms.values())
-        values = matching(calls, self.labels(batch) if needs_labels else None, device=self.device)
-        values["task"] = task = result["loss"] if isinstance(result, Mapping) else result
+        labels = self.labels(batch) if any(term.needs_labels for term in matching.terms.values()) else None
+        values = matching(calls, batch, labels, device=self.device)
+        values[TASK] = task = result["loss"] if isinstance(result, Mapping) else result
         loss = self.task_weight * task
+        last_epoch = _epochs(self.trainer) - 1
         for name, term in matching.terms.items():
-            weight = term.weight_at(self.current_epoch, last_epoch=(self.trainer.max_epochs or 0) - 1)
-            loss = loss + weight * values[name]
-        rows = len(self.output_adapter(calls[0].output))
+            loss = loss + term.weight_at(self.current_epoch, last_epoch=last_epoch) * values[name]
         logged = {f"distillation/{name}": value.detach() for name, value in values.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
+        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=calls[0].rows)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+
+    def check(self, *, epochs: float) -> None:
+        """Raise a ValueError if a weight does not reach its end within a fit of so many epochs."""
+        for term in self._taught().terms.values():
+            term.check(epochs=epochs)
+
+    def on_train_start(self) -> None:
+        """Refuse schedules that do not end: how many epochs there are is known now."""
+        if not getattr(self.trainer, "fast_dev_run", False):
+            self.check(epochs=_epochs(self.trainer))
+        with speaking_for(self, self.student):
+            self.student.on_train_start()
+
+    def on_train_epoch_end(self) -> None:
+        """Keep on disk what the teacher gave in this epoch, if it is to be kept."""
+        with speaking_for(self, self.student):
+            self.student.on_train_epoch_end()
+        self._taught().teachers.close_epoch(self.trainer.strategy.barrier)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as the student does; then a moving average of it follows."""
@@ -180,26 +199,20 @@ class DistillationModule(L.LightningModule):
             raise ValueError("teacher must be given to train a student, got None")
         return self.matching
 
-    def _example(self) -> tuple[Tensor, ...]:
-        """Return inputs of the network: the module's ``example_input_array``, else what a training batch has first."""
-        example = self.example_input_array
-        if example is None:
-            with keep_random_state():
-                batch = next(iter(self.trainer.fit_loop._data_source.dataloader()))
-            example = batch[0] if isinstance(batch, list | tuple) else batch
-        values = example if isinstance(example, list | tuple) else (example,)
-        if not all(isinstance(value, Tensor) for value in values):
-            raise ValueError(
-                f"example_input_array of {type(self.student).__name__} must be set to inputs of the network, since a"
-                f" batch begins with a {type(values[0]).__name__}: the adapters need the sizes of its features"
-            )
-        return tuple(value[:2].to(next(self.parameters()).device) for value in values)
-
 
 def _listed(teacher: TeacherSource | Sequence[TeacherSource]) -> list[TeacherSource]:
     if isinstance(teacher, str | Path | nn.Module | MovingAverage) or callable(teacher):
         return [teacher]
     return list(teacher)
+
+
+def _epochs(trainer: L.Trainer) -> float:
+    """Return how many epochs a fit that has begun will have: ``max_epochs``, or fewer where ``max_steps`` ends it."""
+    by_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    batches = float(trainer.num_training_batches)
+    if trainer.max_steps == -1 or batches == math.inf:
+        return by_epochs
+    return min(by_epochs, math.ceil(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches)))
 
 
 def _first_optimizer(configured: Any) -> Optimizer:

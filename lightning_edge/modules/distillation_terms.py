@@ -1,6 +1,7 @@
 """One thing that a student learns from its teacher: which loss, on which layers, how much, and when."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,9 @@ LOSSES: dict[str, Loss] = {
     "squared": squared_loss,
     "cosine": cosine_loss,
 }
+TASK = "task"
+"""How the student's own loss is called beside the terms."""
+
 _SAME_SHAPE = (hint_loss, squared_loss, cosine_loss)
 _PROJECTED = (contrastive_loss,)
 
@@ -81,6 +85,8 @@ class DistillationTerm:
             raise ValueError(
                 f"temperature must be left out for the loss {self.loss!r}, which has none, got {self.temperature}"
             )
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.layers is not None and not self.layers:
             raise ValueError("layers must name at least one pair of layers, got none: leave it out for the outputs")
         if self.end_epoch is not None and self.end_epoch <= self.start_epoch:
@@ -108,11 +114,15 @@ class DistillationTerm:
         """Whether both sides are projected to one embedding."""
         return self._bare in _PROJECTED
 
-    def check(self, *, max_epochs: float) -> None:
-        """Raise a ValueError if the weight does not reach ``end_weight`` within the fit."""
+    def check(self, *, epochs: float) -> None:
+        """Raise a ValueError if the weight does not reach ``end_weight`` within a fit of so many epochs."""
+        if self.end_weight is None:
+            return
+        if self.end_epoch is None and epochs == math.inf:
+            raise ValueError("end_epoch must be given for an end_weight in a fit without max_epochs and max_steps")
         for name, epoch in (("start_epoch", self.start_epoch), ("end_epoch", self.end_epoch)):
-            if self.end_weight is not None and epoch is not None and epoch >= max_epochs:
-                raise ValueError(f"{name} must be below max_epochs={max_epochs:g} (zero-based), got {epoch}")
+            if epoch is not None and epoch >= epochs:
+                raise ValueError(f"{name} must be below the {epochs:g} epochs of the fit (zero-based), got {epoch}")
 
     def weight_at(self, epoch: float, *, last_epoch: float) -> float:
         """Return the weight at an epoch (zero-based).
@@ -139,3 +149,27 @@ class DistillationTerm:
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         function = LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
         return inspect.signature(function).parameters
+
+
+def checked_terms(losses: Mapping[str, DistillationTerm]) -> dict[str, DistillationTerm]:
+    """Return the terms of a student's loss by their names.
+
+    Raises:
+        ValueError: If they are no terms by name, there is none, or a name is taken or cannot be logged.
+
+    >>> list(checked_terms({"soft": DistillationTerm()}))
+    ['soft']
+    """
+    example = '{"soft": DistillationTerm("soft_targets")}'
+    if not isinstance(losses, Mapping):
+        raise ValueError(f"losses must be terms by name, got a {type(losses).__name__}: write {example}")
+    if not losses:
+        raise ValueError("losses must hold at least one term, got none: leave it out for soft targets")
+    for name, term in losses.items():
+        if not isinstance(term, DistillationTerm):
+            raise ValueError(f"losses[{name!r}] must be a DistillationTerm, got {term!r}: write {example}")
+        if name == TASK or not name or "." in name:
+            raise ValueError(
+                f"losses must have names without dots, other than {TASK!r}, the student's own loss, got {name!r}"
+            )
+    return dict(losses)

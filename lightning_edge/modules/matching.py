@@ -1,16 +1,21 @@
 """What a student's calls are compared with: the teachers' outputs and features for the same inputs."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_edge.modules.distillation_terms import DistillationTerm
-from lightning_edge.modules.teachers import OutputAdapter, Teachers
+from lightning_edge.modules.teachers import Teachers
 from lightning_edge.surgery.adapters import FeatureAdapter, Projection
-from lightning_edge.surgery.capture import keep_random_state
+from lightning_edge.surgery.capture import keep_random_state, training_flags
 from lightning_edge.surgery.distillation import Call, match_layers, recorded
+from lightning_edge.surgery.selection import unwrapped
+
+OutputAdapter = Callable[..., Tensor]
 
 _EMBEDDING = 128
 
@@ -23,7 +28,10 @@ class Matching(nn.Module):
     Args:
         terms: By name.
         teachers: Not a part of this module.
-        output_adapter: Returns the tensor to be matched of what a network returns.
+        output_adapter: Returns the tensor to be matched of what a network returns, and of the batch where it takes one.
+
+    Raises:
+        ValueError: If a term that projects the outputs would need a batch before there is one.
     """
 
     def __init__(
@@ -33,13 +41,20 @@ class Matching(nn.Module):
         self.terms, self.teachers, self.output_adapter = dict(terms), teachers, output_adapter
         self.adapters = nn.ModuleDict()
         self._pairs: dict[str, list[list[tuple[str, str]]]] = {}  # of each term, for each teacher
+        self._sees_batch = "batch" in _parameters(output_adapter)
+        projected = [name for name, term in terms.items() if term.needs_projections and term.layers is None]
+        if self._sees_batch and projected:
+            raise ValueError(
+                f"output_adapter must not take the batch for losses[{projected[0]!r}], whose projections are made"
+                " before the first batch: match a layer, or leave the parameter away"
+            )
 
     def build(self, student: nn.Module) -> None:
         """Build the teachers, and pair the layers.
 
         Raises:
             FileNotFoundError: If a teacher's checkpoint does not exist.
-            ValueError: If a layer does not.
+            ValueError: If a layer does not, or a teacher is the student.
         """
         self.teachers.build(student)
         self._pairs = {
@@ -55,37 +70,50 @@ class Matching(nn.Module):
     @property
     def layers(self) -> list[str]:
         """Names of the student's layers that are matched."""
-        return list(dict.fromkeys(own for term in self._pairs.values() for pairs in term for own, _ in pairs))
+        return list(dict.fromkeys(own for name in self._pairs for own in self.layers_of(name)))
 
     @property
-    def adapted_terms(self) -> list[str]:
-        """Names of the terms that need adapters where sizes differ."""
+    def rehearsed_terms(self) -> list[str]:
+        """Names of the terms that are tried before the fit: of layers, or with adapters."""
+        return [name for name, term in self.terms.items() if term.layers is not None or term.needs_projections]
+
+    @property
+    def terms_with_adapters(self) -> list[str]:
+        """Names of the terms of layers whose widths may not change: an adapter, or the loss, is made for them."""
         return [
             name
             for name, term in self.terms.items()
-            if term.needs_projections or (term.layers is not None and term.needs_same_shape)
+            if term.layers is not None and (term.needs_projections or term.needs_same_shape)
         ]
 
-    def build_adapters(self, student: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Make the adapters, with the sizes of the features of some inputs.
+    def layers_of(self, term: str) -> list[str]:
+        """Return the names of the student's layers that a term matches."""
+        return [own for pairs in self._pairs[term] for own, _ in pairs]
+
+    def rehearse(self, student: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Make the adapters, with the sizes of the features of some inputs, and try the terms that can be tried.
+
+        Args:
+            student: Left as it was.
+            inputs: What it is called with.
 
         Raises:
-            ValueError: If features cannot be adapted.
+            ValueError: If features cannot be adapted or compared, with the term and its layers.
         """
-        flags = {layer: layer.training for layer in student.modules()}
-        try:
-            with torch.no_grad(), keep_random_state(), recorded(student.eval(), self.layers) as calls:
+        with torch.no_grad(), keep_random_state(), training_flags(student, False):
+            with recorded(student, self.layers) as calls:
                 student(*inputs)
-        finally:
-            for layer, training in flags.items():
-                layer.training = training
-        for index in range(len(self.teachers.networks)):
-            taught = self._teach(index, calls[0], inputs[0].device)
-            for name in self.adapted_terms:
-                for place, pair in enumerate(self._tensors(self._pairs[name][index], calls[0], taught)):
-                    self._build_adapter(f"{name}_{index}_{place}", self.terms[name], *pair)
+            for index in range(len(self.teachers.networks)):
+                taught = self._teach(index, calls[0], inputs[0].device)
+                for name in self.rehearsed_terms:
+                    for place, pair in enumerate(self._tensors(name, index, calls[0], taught, None)):
+                        self._build_adapter(name, index, place, pair, unwrapped(student))
+                        if not self.terms[name].needs_labels:
+                            self._compare(name, index, place, pair, {})
 
-    def forward(self, calls: Sequence[Call], labels: Tensor | None, *, device: torch.device) -> dict[str, Tensor]:
+    def forward(
+        self, calls: Sequence[Call], batch: Any, labels: Tensor | None, *, device: torch.device
+    ) -> dict[str, Tensor]:
         """Return each term, the mean over the student's calls and over the teachers by their shares."""
         sums: dict[str, Tensor] = {}
         for call in calls:
@@ -93,28 +121,42 @@ class Matching(nn.Module):
                 taught = self._teach(index, call, device)
                 for name, term in self.terms.items():
                     more = {"labels": labels} if term.needs_labels else {}
-                    losses = [
-                        term.function(*self._adapted(f"{name}_{index}_{place}", *pair), **more)
-                        for place, pair in enumerate(self._tensors(self._pairs[name][index], call, taught))
-                    ]
+                    pairs = self._tensors(name, index, call, taught, batch)
+                    losses = [self._compare(name, index, place, pair, more) for place, pair in enumerate(pairs)]
                     value = torch.stack(losses).mean() * (share / len(calls))
                     sums[name] = sums[name] + value if name in sums else value
         return sums
 
     def _teach(self, index: int, call: Call, device: torch.device) -> Call:
         names = dict.fromkeys(other for term in self._pairs.values() for _, other in term[index])
-        with recorded(self.teachers.networks[index], list(names)) as calls:
-            self.teachers(index, call.args, call.kwargs, device=device)
-        return calls[0]
+        return self.teachers(index, call, list(names), device=device)
 
-    def _tensors(self, pairs: Sequence[tuple[str, str]], own: Call, taught: Call) -> list[tuple[Tensor, Tensor]]:
+    def _tensors(self, term: str, index: int, own: Call, taught: Call, batch: Any) -> list[tuple[Tensor, Tensor]]:
+        pairs = self._pairs[term][index]
         if not pairs:
-            return [(self.output_adapter(own.output), self.output_adapter(taught.output))]
+            adapt = partial(self.output_adapter, batch=batch) if self._sees_batch else self.output_adapter
+            return [(adapt(own.output), adapt(taught.output))]
         for whose, call, names in zip(("student", "teacher"), (own, taught), zip(*pairs, strict=True), strict=True):
             missing = [name for name in names if name not in call.features]
             if missing:
-                raise ValueError(f"layers must be called by the {whose}'s network, got no call of {missing[:3]}")
+                raise ValueError(
+                    f"layers of losses[{term!r}] must be called by the {whose}'s network, got no call of {missing[:3]}"
+                )
         return [(own.features[ours], taught.features[theirs]) for ours, theirs in pairs]
+
+    def _compare(
+        self, term: str, index: int, place: int, pair: tuple[Tensor, Tensor], more: Mapping[str, Tensor | None]
+    ) -> Tensor:
+        try:
+            return self.terms[term].function(*self._adapted(_key(term, index, place), *pair), **more)
+        except ValueError as error:
+            raise ValueError(f"{self._where(term, index, place)}: {error}") from error
+
+    def _where(self, term: str, index: int, place: int) -> str:
+        if not self._pairs[term][index]:
+            return f"losses[{term!r}] must fit what output_adapter and labels make of the outputs"
+        own, other = self._pairs[term][index][place]
+        return f"losses[{term!r}] must fit layer {own!r} of the student and {other!r} of the teacher"
 
     def _adapted(self, key: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         adapt: dict[str, Any] = dict(self.adapters.items())
@@ -124,10 +166,38 @@ class Matching(nn.Module):
             teacher = adapt[f"{key}_teacher"](teacher)
         return student, teacher
 
-    def _build_adapter(self, key: str, term: DistillationTerm, student: Tensor, teacher: Tensor) -> None:
-        own, other = tuple(student.shape), tuple(teacher.shape)
+    def _build_adapter(
+        self, name: str, index: int, place: int, pair: tuple[Tensor, Tensor], student: nn.Module
+    ) -> None:
+        term, key = self.terms[name], _key(name, index, place)
+        own, other = (tuple(tensor.shape) for tensor in pair)
+        pairs = self._pairs[name][index]
+        layers = () if not pairs else (student.get_submodule(pairs[place][0]),)
+        channels_first = any(_has_positions_last(layer) for layer in layers)
         if term.needs_projections:
-            self.adapters[f"{key}_student"] = Projection(own, _EMBEDDING)
-            self.adapters[f"{key}_teacher"] = Projection(other, _EMBEDDING)
-        elif own[1:] != other[1:]:
-            self.adapters[f"{key}_student"] = FeatureAdapter(own, other)
+            for whose, shape in (("student", own), ("teacher", other)):
+                projection = Projection(shape, _EMBEDDING, channels_first=channels_first)
+                self.adapters[f"{key}_{whose}"] = projection.to(pair[0])
+        elif term.layers is not None and term.needs_same_shape and own[1:] != other[1:]:
+            try:
+                adapter = FeatureAdapter(own, other, channels_first=channels_first)
+            except ValueError as error:
+                raise ValueError(f"{self._where(name, index, place)}: {error}") from error
+            self.adapters[f"{key}_student"] = adapter.to(pair[0])
+
+
+def _key(term: str, index: int, place: int) -> str:
+    return f"{term}_{index}_{place}"
+
+
+def _has_positions_last(layer: nn.Module) -> bool:
+    """Return whether features of three dimensions are (batch, channels, positions): a layer of such is inside."""
+    kinds = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d)
+    return any(isinstance(inner, kinds) for inner in layer.modules())
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # some functions written in C tell no signature
+        return {}

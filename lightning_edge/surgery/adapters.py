@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CONVOLUTIONS = {4: nn.Conv2d, 5: nn.Conv3d}
+_CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 class FeatureAdapter(nn.Module):
@@ -15,6 +15,8 @@ class FeatureAdapter(nn.Module):
     Args:
         source: Shape of the features that come in.
         target: Shape that is wanted; neither batch counts.
+        channels_first: Whether features of three dimensions are (batch, channels, positions), as of a ``Conv1d``, not
+            (batch, tokens, width).
 
     Raises:
         ValueError: If the shapes differ in more than that.
@@ -24,39 +26,30 @@ class FeatureAdapter(nn.Module):
     torch.Size([3, 16, 2, 2])
     """
 
-    def __init__(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
+    def __init__(self, source: tuple[int, ...], target: tuple[int, ...], *, channels_first: bool = False) -> None:
         super().__init__()
         if len(source) != len(target) or len(source) < 2:
             raise ValueError(
                 f"features must have equally many dimensions to be adapted, got shapes {source} and {target}"
             )
-        self.source, self.target = tuple(source[1:]), tuple(target[1:])
-        self.is_image = len(source) in _CONVOLUTIONS
-        width, wanted = (source[1], target[1]) if self.is_image else (source[-1], target[-1])
+        self.target = tuple(target[1:])
+        self.has_positions = _has_positions(source, channels_first)
+        width, wanted = (source[1], target[1]) if self.has_positions else (source[-1], target[-1])
         self.projection: nn.Module = nn.Identity()
         if width != wanted:
             self.projection = (
-                _CONVOLUTIONS[len(source)](width, wanted, 1) if self.is_image else nn.Linear(width, wanted)
+                _CONVOLUTIONS[len(source)](width, wanted, 1) if self.has_positions else nn.Linear(width, wanted)
             )
-        if not self.is_image and source[1:-1] != target[1:-1]:
+        if not self.has_positions and source[1:-1] != target[1:-1]:
             raise ValueError(
-                f"features of shape (batch, ..., width) must differ in width alone, got {source} and {target}"
+                f"features of shape (batch, ..., width) must differ in width alone, got {source} and {target}: where"
+                " they are (batch, channels, positions), match the Conv1d itself"
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the features in the target's shape.
-
-        Raises:
-            ValueError: If they are not of the shape that the adapter was made for.
-        """
-        width = 0 if self.is_image else -1
-        if features.shape[1:][width] != self.source[width]:
-            raise ValueError(
-                f"features must keep the width of {self.source[width]} that their adapter was made for, got"
-                f" {features.shape[1:][width]}: channels of this layer were removed; exclude it from ChannelPruning"
-            )
+        """Return the features in the target's shape."""
         adapted: Tensor = self.projection(features)
-        if self.is_image and adapted.shape[2:] != self.target[1:]:
+        if self.has_positions and adapted.shape[2:] != self.target[1:]:
             adapted = F.interpolate(adapted, size=self.target[1:], mode="area")
         return adapted
 
@@ -69,20 +62,27 @@ class Projection(nn.Module):
     Args:
         source: Shape of the features.
         width: Of the embedding.
+        channels_first: Of features of three dimensions, as in :class:`FeatureAdapter`.
 
     >>> import torch
     >>> Projection((2, 8, 4, 4), 128)(torch.zeros(3, 8, 4, 4)).shape
     torch.Size([3, 128])
     """
 
-    def __init__(self, source: tuple[int, ...], width: int) -> None:
+    def __init__(self, source: tuple[int, ...], width: int, *, channels_first: bool = False) -> None:
         super().__init__()
-        self.is_image = len(source) in _CONVOLUTIONS
-        self.linear = nn.Linear(source[1] if self.is_image else source[-1], width)
+        self.has_positions = _has_positions(source, channels_first)
+        self.linear = nn.Linear(source[1] if self.has_positions else source[-1], width)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the embeddings, shape (batch, width)."""
         if features.ndim > 2:
-            features = features.flatten(2).mean(2) if self.is_image else features.flatten(1, -2).mean(1)
-        embeddings: Tensor = self.linear(features)
+            features = features.flatten(2).mean(2) if self.has_positions else features.flatten(1, -2).mean(1)
+        # A teacher's features are float32, whatever the numbers of the module that this layer is a part of.
+        embeddings: Tensor = self.linear(features.to(self.linear.weight.dtype))
         return embeddings
+
+
+def _has_positions(shape: tuple[int, ...], channels_first: bool) -> bool:
+    """Return whether the shape is (batch, channels, *positions), not (batch, ..., width)."""
+    return len(shape) in (4, 5) or (len(shape) == 3 and channels_first)

@@ -38,7 +38,7 @@ def scale_weights_(graph_module: GraphModule, *, keep: Collection[str] = ()) -> 
     pairs = {}
     for norm in graph_module.graph.find_nodes(op="call_function", target=BATCH_NORM):
         layer = norm.args[0]
-        if not _foldable(layer, norm) or weight_of(layer.args[1]) in keep:
+        if not is_foldable(layer, norm) or weight_of(layer.args[1]) in keep:
             continue
         _rewrite(graph_module.graph, layer, norm)
         pairs[layer] = norm
@@ -126,7 +126,8 @@ def new_constant(graph_module: GraphModule, name: str, value: Tensor) -> Node:
     return graph_module.graph.get_attr(f"{owner_name}.{free}" if owner_name else free)
 
 
-def _foldable(layer: object, norm: Node) -> bool:
+def is_foldable(layer: object, norm: Node) -> bool:
+    """Whether a batch norm scales the channels of a layer whose output nothing else reads."""
     if not isinstance(layer, Node) or layer.target not in WEIGHTED or len(layer.users) != 1 or norm.args[3] is None:
         return False
     # A linear layer has its channels last, a batch norm second: the same only for inputs of two dimensions.

@@ -60,6 +60,7 @@ def calibrate_(
     inputs: Iterable[tuple[Any, ...]],
     *,
     observer: str | Callable[[], RangeObserver] = "histogram",
+    freeze: bool = True,
 ) -> None:
     """Set the ranges of all activations from what the network computes in float, in evaluation mode; then freeze them.
 
@@ -68,6 +69,7 @@ def calibrate_(
             set, batch norms do not move.
         inputs: What the network is called with for each batch, as :func:`calibration_inputs` yields it.
         observer: A name of :data:`~lightning_edge.surgery.observers.OBSERVERS`, or a callable that makes an observer.
+        freeze: Without it the ranges are where training begins.
 
     Raises:
         ValueError: If there is no batch, no such observer, or an activation that is not finite.
@@ -87,7 +89,8 @@ def calibrate_(
             captured(*arguments, **arguments.named)
     for name, watching in seen.items():
         captured.set_range(name, *watching.range())
-    captured.freeze_observers()
+    if freeze:
+        captured.freeze_observers()
 
 
 def _loader(calibration: Any) -> Iterator[Any]:

@@ -3,23 +3,26 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torchao.quantization.pt2e import FakeQuantize
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from lightning_edge.surgery.batchnorm import fold_, scale_and_shift_
 from lightning_edge.surgery.calls import arguments_of, as_arguments
 from lightning_edge.surgery.capture import ModeLiteral, copy_graph, set_literal, tensor_at, training_flags
 from lightning_edge.surgery.exact_scales import odd_multiples, odd_requantization
 from lightning_edge.surgery.fakequant import replace_fake_quantizers_, requantized
+from lightning_edge.surgery.quantizers import Quantizer
 from lightning_edge.surgery.taps import remove_taps_
 
+WeightBits = int | Mapping[str, int]
+"""Bits of all weights, or of those whose layer's name a glob matches, the first match counting."""
 _Tensors = dict[str, Tensor | None]  # of one module: its parameters or its buffers
-_STATE = ("min_val", "max_val", "scale", "zero_point")
+_STATE = ("min_val", "max_val", "scale", "zero_point", "log_clip")
 
 
 class CapturedNetwork:
@@ -41,11 +44,14 @@ class CapturedNetwork:
         pairs: Mapping[str, str],
         observers: Mapping[str, str],
         keep: tuple[str, ...] = (),
+        weight_bits: WeightBits = 8,
+        learned_steps: bool = False,
     ) -> None:
         self.network = network
         self.graph_module = graph_module
+        self.keep, self.weight_bits, self.learned_steps = keep, weight_bits, learned_steps
         self.observers_frozen = False
-        self.keep = keep
+        self._rounding, self._norms_frozen = True, False
         self._only: frozenset[str] | None = None
         self._literals = literals
         self._pairs = dict(pairs)
@@ -57,10 +63,16 @@ class CapturedNetwork:
         self._device: torch.device | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Return the network's output, from fake-quantized weights and activations."""
+        """Return the network's output, from fake-quantized weights and activations.
+
+        Under autocast training computes in few bits; evaluation does not: its numbers are those of the integer file.
+        """
         inputs = arguments_of(self.network, args, kwargs)
         self._follow()
-        return self.graph_module(*inputs, **inputs.named)
+        if self.network.training or self._device is None:
+            return self.graph_module(*inputs, **inputs.named)
+        with torch.autocast(self._device.type, enabled=False):
+            return self.graph_module(*tree_map(_single, tuple(inputs)), **tree_map(_single, dict(inputs.named)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CapturedNetwork":
         network = copy.deepcopy(self.network, memo)
@@ -71,15 +83,38 @@ class CapturedNetwork:
             pairs=self._pairs,
             observers=self._observers,
             keep=self.keep,
+            weight_bits=self.weight_bits,
+            learned_steps=self.learned_steps,
         )
         twin.observers_frozen = self.observers_frozen
+        twin._rounding, twin._norms_frozen = self._rounding, self._norms_frozen
         memo[id(self)] = twin
         return twin
 
     @property
-    def observers(self) -> dict[str, FakeQuantize]:
+    def observers(self) -> dict[str, Quantizer]:
         """The fake quantizers: a weight's has the name of the parameter, an activation's that of its operator."""
         return {name: self.graph_module.get_submodule(path) for name, path in self._observers.items()}
+
+    @property
+    def rounding(self) -> bool:
+        """Whether numbers are rounded; without it observers watch the network in float."""
+        return self._rounding
+
+    @rounding.setter
+    def rounding(self, value: bool) -> None:
+        if value != self._rounding:
+            self._rounding, self._flags = value, None
+
+    @property
+    def norms_frozen(self) -> bool:
+        """Whether batch norms use, and keep, their running statistics in training."""
+        return self._norms_frozen
+
+    @norms_frozen.setter
+    def norms_frozen(self, value: bool) -> None:
+        if value != self._norms_frozen:
+            self._norms_frozen, self._flags = value, None
 
     @property
     def norms(self) -> dict[str, str]:
@@ -191,8 +226,12 @@ class CapturedNetwork:
         with torch.inference_mode(False):  # what is made in inference mode could not be trained
             for name, quantizer in self.observers.items():
                 for key, value in _tensors(quantizer).items():
-                    owner = quantizer if key in ("scale", "zero_point") else quantizer.activation_post_process
-                    setattr(owner, key, state[f"{name}.{key}"].detach().to(value.device, copy=True))
+                    loaded = state[f"{name}.{key}"].detach().to(value.device, copy=True)
+                    if key == "log_clip":
+                        quantizer.log_clip.data = loaded
+                    else:
+                        owner = quantizer if key in ("scale", "zero_point") else quantizer.activation_post_process
+                        setattr(owner, key, loaded)
         self.observers_frozen, self._flags = frozen, None
 
     def ranges(self) -> tuple[Tensor, Tensor]:
@@ -203,6 +242,7 @@ class CapturedNetwork:
             [o.max_val.reshape(-1) for o in observers]
         )
 
+    @torch.no_grad()
     def set_ranges(self, minima: Tensor, maxima: Tensor) -> None:
         """Take the vectors of :meth:`ranges` back, and recompute scales and zero points from them.
 
@@ -220,6 +260,7 @@ class CapturedNetwork:
             _set_range(quantizer, low, high)
         self._flags = None
 
+    @torch.no_grad()
     def set_range(self, name: str, low: Tensor, high: Tensor) -> None:
         """Set the range of one observer, and recompute its scale and zero point.
 
@@ -266,17 +307,16 @@ class CapturedNetwork:
 
     def _switch(self, training: Mapping[nn.Module, bool]) -> None:
         for literal in self._literals:
-            mode = training[self.network.get_submodule(literal.owner)]
+            owner = self.network.get_submodule(literal.owner)
+            mode = training[owner] and not (self._norms_frozen and isinstance(owner, _BatchNorm))
             value = literal.in_training if mode else literal.in_evaluation
             set_literal(self._nodes[literal.node], literal.argument, value)
         self.graph_module.recompile()
         observing = self.network.training and not self.observers_frozen
         for name, quantizer in self.observers.items():
-            # The fused module computes the scale anew from the range at every call: frozen, it keeps the one it has.
-            forward = FakeQuantize.forward if self.observers_frozen else type(quantizer).forward
-            quantizer.forward = MethodType(forward, quantizer)
+            quantizer.fixed = self.observers_frozen
             quantizer.enable_observer(observing)
-            wanted = self._only is None or name in self._only
+            wanted = self._rounding and (self._only is None or name in self._only)
             quantizer.enable_fake_quant(wanted and (observing or _has_range(quantizer)))
 
     def _move_literals(self, device: torch.device) -> None:
@@ -304,21 +344,26 @@ def _links(network: nn.Module, graph_module: GraphModule) -> Iterator[tuple[_Ten
             yield from ((source, target, key) for key in target if key in source)
 
 
-def _tensors(quantizer: FakeQuantize) -> dict[str, Tensor]:
+def _tensors(quantizer: Quantizer) -> dict[str, Tensor]:
     observer = quantizer.activation_post_process
     return {
         "min_val": observer.min_val,
         "max_val": observer.max_val,
         "scale": quantizer.scale,
         "zero_point": quantizer.zero_point,
+        "log_clip": quantizer.log_clip,
     }
+
+
+def _single(value: object) -> object:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _told(observe: Callable[[str, Tensor], None], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     return lambda _, inputs: observe(name, inputs[0])
 
 
-def _set_range(quantizer: FakeQuantize, low: Tensor, high: Tensor) -> None:
+def _set_range(quantizer: Quantizer, low: Tensor, high: Tensor) -> None:
     observer = quantizer.activation_post_process
     observer.min_val.copy_(low.view_as(observer.min_val))
     observer.max_val.copy_(high.view_as(observer.max_val))
@@ -328,6 +373,6 @@ def _set_range(quantizer: FakeQuantize, low: Tensor, high: Tensor) -> None:
         quantizer.zero_point.copy_(zero_point)
 
 
-def _has_range(quantizer: FakeQuantize) -> bool:
+def _has_range(quantizer: Quantizer) -> bool:
     low = quantizer.activation_post_process.min_val
     return low.numel() > 0 and bool(torch.isfinite(low).all())

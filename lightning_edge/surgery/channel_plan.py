@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_edge.functional.channels import Cost, units_to_keep
 from lightning_edge.surgery.copying import copied
-from lightning_edge.surgery.coupling import ChannelGroup, Coupling, coupled_groups, flat_tensors
-from lightning_edge.surgery.selection import WEIGHTED
+from lightning_edge.surgery.coupling import ChannelGroup, Coupling, coupled_groups
+from lightning_edge.surgery.outputs import flat_tensors
+from lightning_edge.surgery.selection import WEIGHTED, check_built
 from lightning_edge.surgery.slicing import channel_tensors, is_depthwise, weight_of, width
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -192,7 +193,8 @@ class ChannelPlan:
 
 
 def check_patterns(network: nn.Module, *, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Raise a ValueError unless every pattern matches a linear or convolution layer."""
+    """Raise a ValueError unless every pattern matches a linear or convolution layer, and every layer is built."""
+    check_built(network)
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, WEIGHTED)}
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -253,12 +255,13 @@ def _output_positions(network: nn.Module, example_inputs: tuple[Any, ...]) -> di
             layer.register_forward_hook(attend)
         elif isinstance(layer, WEIGHTED):
 
-            def count(layer: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            def count(layer: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
                 transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-                counted = inputs[0] if transposed else output  # a transposed convolution works for every input
+                # A transposed convolution works for every input.
+                counted = (args[0] if args else kwargs["input"]) if transposed else output
                 positions[name] = positions.get(name, 0) + counted.numel() / rows / width(layer, output=not transposed)
 
-            layer.register_forward_hook(count)
+            layer.register_forward_hook(count, with_kwargs=True)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # else an encoder layer takes a path past its modules
         trial(*example_inputs)
     return positions

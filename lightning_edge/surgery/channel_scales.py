@@ -6,10 +6,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Floats = NDArray[np.float64]
+MAX_SCALED_VALUES = 256
+"""Most values of a codebook that is found again: the search takes their number squared for each channel."""
 _TOLERANCE = 1e-6  # a weight is a rounded product: a ratio of two of them is off by up to 2.4e-7
 
 
-def channel_scales(weight: Tensor, *, clusters_limit: int = 256) -> tuple[Tensor, Tensor, Tensor] | None:
+def channel_scales(weight: Tensor, *, clusters_limit: int = MAX_SCALED_VALUES) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return scales, codes and codebook of a weight that is ``scales[r] * codebook[codes[r]]``, None if it is none.
 
     The row with the most distinct values is taken as the codebook. Every other row gets the scale at which its values

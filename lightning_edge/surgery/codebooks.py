@@ -8,6 +8,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_edge.functional.rate import check_rate, chunks
 from lightning_edge.functional.sharing import Init, check_init
+from lightning_edge.surgery.channel_scales import MAX_SCALED_VALUES
 
 BLOCKS = (1, 2, 4)
 _USUAL_SIZE = 1 << 14
@@ -62,6 +63,20 @@ class Codebooks:
                     " whole layer, with a start of its own"
                 )
 
+    def check_clusters(self, clusters: int | Mapping[str, int]) -> None:
+        """Raise a ValueError if there are more shared values than the exporter finds again behind scales.
+
+        >>> Codebooks(channel_scale=True).check_clusters({"fc*": 400})
+        Traceback (most recent call last):
+        ValueError: clusters must be at most 256 with channel_scale, got 400: the file could not keep the scales apart
+        """
+        most = max(clusters.values()) if isinstance(clusters, Mapping) else clusters
+        if self.channel_scale and most > MAX_SCALED_VALUES:
+            raise ValueError(
+                f"clusters must be at most {MAX_SCALED_VALUES} with channel_scale, got {most}: the file could not keep"
+                " the scales apart"
+            )
+
     def check(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Raise a ValueError if a layer cannot have such codebooks."""
         for name, weight in weights.items():
@@ -75,6 +90,11 @@ class Codebooks:
                 raise ValueError(
                     f"block must divide the inputs of a layer, got {self.block} and {weight.shape[-1]} inputs of"
                     f" {name!r}: add the layer to exclude"
+                )
+            if self.channel_scale and weight.dtype.itemsize < 4:
+                raise ValueError(
+                    f"channel_scale must be False for weights of {weight.dtype}, got True and {name!r}: a product of"
+                    " scale and value rounded to so few bits is none any more; share in float32"
                 )
             if (self.channel_scale or self.group_channels) and isinstance(layer, _ConvTransposeNd):
                 raise ValueError(

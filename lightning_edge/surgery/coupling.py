@@ -14,6 +14,7 @@ from torch_pruning.ops import OPTYPE
 
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.heads import head_groups, narrow_
+from lightning_edge.surgery.outputs import flat_tensors
 from lightning_edge.surgery.selection import WEIGHTED
 from lightning_edge.surgery.slicing import Side, channel_tensors, cut_, is_depthwise, weight_of, width
 
@@ -211,19 +212,6 @@ class Trial:
     def _run(self, network: nn.Module) -> list[Tensor]:
         with torch.random.fork_rng(devices=[]):
             return flat_tensors(network(*self._inputs))
-
-
-def flat_tensors(outputs: Any) -> list[Tensor]:
-    """Return the tensors of a tensor, or of nested tuples, lists and mappings, in order.
-
-    >>> len(flat_tensors((torch.ones(1), {"a": torch.ones(1)})))
-    2
-    """
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    return [tensor for value in outputs or () for tensor in flat_tensors(value)]
 
 
 def _is_real(value: Any) -> bool:

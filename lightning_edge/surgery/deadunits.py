@@ -1,8 +1,7 @@
 """Remove the channels and neurons that unstructured pruning has left without an input or without an output."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import (
     ChannelGroup,
     coupled_groups,
-    flat_tensors,
     kept_sides,
     remove_units_,
     zero_units_,
 )
+from lightning_edge.surgery.outputs import flat_tensors
 from lightning_edge.surgery.quantization import CapturedNetwork, capture_, release_
 from lightning_edge.surgery.slicing import Side, is_depthwise, sum_per_channel, weight_of
+from lightning_edge.surgery.unit_flow import ConsumerView
 from lightning_edge.surgery.widths import Manifest, changed_widths, widths_of
 
 _TOLERANCE = 1e-5
@@ -53,8 +53,9 @@ def remove_dead_units_(module: nn.Module, *, example_inputs: tuple[Any, ...] | T
 
     A unit (a channel, a neuron, an attention head) is dead when nothing reads it, or when all its weights are zero: it
     then emits a constant, which is added to its consumers' biases, or to the running mean of the batch norm behind a
-    consumer without one. A constant that cannot be folded (the consumer pads with zeros) is left alone. This goes on
-    until nothing is dead: in a 98 %-sparse LeNet-300-100, most hidden units go.
+    consumer without one. A constant that cannot be folded (the consumer pads with zeros) is left alone, and so is a
+    unit that meets other data, or an operation that is not known, before its consumers. This goes on until nothing is
+    dead: in a 98 %-sparse LeNet-300-100, most hidden units go.
 
     A network under quantization-aware training stays so: it is captured again with the ranges that it had, and only
     units that emit zero are taken for dead.
@@ -95,7 +96,15 @@ def _remove_captured_(module: nn.Module, inputs: tuple[Any, ...]) -> DeadUnitsRe
         for key in [key for key in observers if side.is_output and key.startswith(f"{side.layer}.weight.")]:
             observers[key] = observers[key][indices.to(observers[key].device)]  # one for each output channel
     inputs = tuple(value[:2] for value in inputs)
-    capture_(module, inputs, observers=observers, frozen=captured.observers_frozen, keep=captured.keep)
+    capture_(
+        module,
+        inputs,
+        observers=observers,
+        frozen=captured.observers_frozen,
+        keep=captured.keep,
+        weight_bits=captured.weight_bits,
+        learned_steps=captured.learned_steps,
+    )
     return report
 
 
@@ -163,12 +172,12 @@ def _fold_(trial: nn.Module, group: ChannelGroup, constant: Tensor, inputs: tupl
     """Add what units without inputs emit to their consumers; return for which units that was possible."""
     layers = dict(trial.named_modules())
     consumers = {side: units for side, units in group.members.items() if not side.is_output}
-    seen = _look(trial, list(consumers), inputs)
+    seen = ConsumerView(trial, group, inputs)
     folded = constant.clone()
     for side, units in consumers.items():
-        low, high = seen.ranges.get(side.layer, (None, None))
-        if low is None or high is None:
-            return torch.zeros_like(constant)  # not called on the example inputs
+        if side.layer not in seen.ranges:
+            return torch.zeros_like(constant)  # not called, or constant on the example inputs alone
+        low, high = seen.ranges[side.layer]
         flat = (high - low) <= _TOLERANCE * 0.1 * torch.maximum(high.abs(), torch.ones(()))
         takes_all = fold and _takes_constants(layers[side.layer], seen.norms.get(side.layer))
         takes = flat if takes_all else flat & (high == 0)
@@ -210,44 +219,6 @@ def _response(layer: nn.Module, emitted: Tensor) -> Tensor:
     groups = getattr(layer, "groups", 1)
     seen = emitted.view(groups, -1).repeat_interleave(len(kernel_sums) // groups, 0)
     return (kernel_sums.double() * seen.double()).sum(1)
-
-
-@dataclass
-class _Look:
-    """What consumers see: the range of each input channel; and the batch norm that reads a layer's output directly."""
-
-    ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    norms: dict[str, _BatchNorm] = field(default_factory=dict)
-
-
-def _look(trial: nn.Module, sides: Sequence[Side], inputs: tuple[Any, ...]) -> _Look:
-    look = _Look()
-    outputs: dict[int, tuple[str, Tensor]] = {}  # the tensor is held, so that its id is not given away
-    handles = []
-    layers = dict(trial.named_modules())
-
-    def consume(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        given = args[0].flatten(0, -2) if isinstance(layer, nn.Linear) else args[0].transpose(0, 1).flatten(1).T
-        low, high = given.amin(0).float().cpu(), given.amax(0).float().cpu()
-        if name in look.ranges:
-            low, high = torch.minimum(low, look.ranges[name][0]), torch.maximum(high, look.ranges[name][1])
-        look.ranges[name] = (low, high)
-        outputs[id(output)] = (name, output)
-
-    def normalize(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if id(args[0]) in outputs:
-            assert isinstance(layer, _BatchNorm)
-            look.norms[outputs[id(args[0])][0]] = layer
-
-    for side in sides:
-        handles.append(layers[side.layer].register_forward_hook(partial(consume, side.layer)))
-    handles += [
-        layer.register_forward_pre_hook(normalize) for layer in layers.values() if isinstance(layer, _BatchNorm)
-    ]
-    _run(trial, inputs)
-    for handle in handles:
-        handle.remove()
-    return look
 
 
 def _run(network: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_edge.surgery.captured import CapturedNetwork
@@ -24,6 +25,12 @@ class Call:
     features: dict[str, Tensor] = field(default_factory=dict)
     """Outputs of the layers that are looked at, by qualified name."""
 
+    @property
+    def rows(self) -> int:
+        """How many rows the inputs have: those of their first tensor."""
+        inputs = (*self.args, *self.kwargs.values())
+        return next((len(value) for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
+
 
 @contextmanager
 def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Call]]:
@@ -39,7 +46,6 @@ def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Ca
     Raises:
         ValueError: If a layer gives no tensor.
 
-    >>> import torch
     >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     >>> with recorded(network, ["0"]) as calls: _ = network(torch.zeros(4, 2))
     >>> calls[0].features["0"].shape, calls[0].output.shape
@@ -54,6 +60,7 @@ def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Ca
         calls[-1].output = output
 
     with ExitStack() as stack:
+        stack.enter_context(_through_all_layers())
         stack.enter_context(network.register_forward_pre_hook(begin, with_kwargs=True))
         for name, layer in _layers(network, layers).items():
 
@@ -94,6 +101,31 @@ def match_layers(student: nn.Module, teacher: nn.Module, layers: Mapping[str, st
     return pairs
 
 
+@torch.no_grad()
+def handed_on(network: nn.Module, layers: Sequence[str], inputs: tuple[Tensor, ...]) -> list[str]:
+    """Return which of the layers give nothing but what they get: a captured graph has no trace of these.
+
+    Args:
+        network: Called once, in the mode that it is in.
+        layers: Qualified names of layers inside of it.
+        inputs: What the network is called with.
+
+    >>> handed_on(nn.Sequential(nn.Identity(), nn.Linear(2, 2)), ["0", "1"], (torch.zeros(1, 2),))
+    ['0']
+    """
+    found: list[str] = []
+    with ExitStack() as stack, recorded(network):
+        for name in layers:
+
+            def compare(_: nn.Module, args: tuple[object, ...], output: object, name: str = name) -> None:
+                if args and output is args[0]:
+                    found.append(name)
+
+            stack.enter_context(network.get_submodule(name).register_forward_hook(compare))
+        network(*inputs)
+    return found
+
+
 def first_tensor(output: object, *, what: str = "output", mend: str = "give output_adapter") -> Tensor:
     """Return the tensor that an output is, or begins with.
 
@@ -105,7 +137,6 @@ def first_tensor(output: object, *, what: str = "output", mend: str = "give outp
     Raises:
         ValueError: If there is none.
 
-    >>> import torch
     >>> first_tensor((torch.ones(1), None))
     tensor([1.])
     """
@@ -113,6 +144,17 @@ def first_tensor(output: object, *, what: str = "output", mend: str = "give outp
     if not isinstance(first, Tensor):
         raise ValueError(f"{what} must give a tensor to be matched, got a {type(output).__name__}: {mend}")
     return first
+
+
+@contextmanager
+def _through_all_layers() -> Iterator[None]:
+    """Keep a transformer from its path for inference: it passes its layers by, and cuts off what is padded."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

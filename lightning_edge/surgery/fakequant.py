@@ -3,16 +3,14 @@
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import (
-    FakeQuantize,
-    FusedMovingAvgObsFakeQuantize,
-    MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
-)
 
 from lightning_edge.surgery.batchnorm import WEIGHTED, new_constant, weight_of
 from lightning_edge.surgery.capture import GUARDS, eliminate_dead_code_, tensor_at
+from lightning_edge.surgery.exact_scales import odd_requantization
+from lightning_edge.surgery.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from lightning_edge.surgery.shared_integers import shared_integers
 
 _aten = torch.ops.aten
 _qd = torch.ops.quantized_decomposed
@@ -49,7 +47,12 @@ _SELECTING = (
 
 
 def insert_fake_quantizers_(
-    graph_module: GraphModule, pairs: Mapping[Node, Node], *, keep: Collection[str] = ()
+    graph_module: GraphModule,
+    pairs: Mapping[Node, Node],
+    *,
+    keep: Collection[str] = (),
+    bits: Mapping[str, int] | None = None,
+    learned: bool = False,
 ) -> dict[str, str]:
     """Insert a fake quantizer behind every value that the int8 network holds as an integer.
 
@@ -60,6 +63,8 @@ def insert_fake_quantizers_(
         graph_module: A graph in training mode.
         pairs: Layer to the batch norm behind it, from :func:`~lightning_edge.surgery.batchnorm.scale_weights_`.
         keep: Names of the weights of layers that stay in float.
+        bits: Name of a weight to its bits; 8 where there is none.
+        learned: Whether steps are learned.
 
     Returns:
         Name of each observer to the path of its module in the graph.
@@ -76,7 +81,12 @@ def insert_fake_quantizers_(
     for index, (value, is_weight) in enumerate(values.items()):
         name = weight_of(value) if is_weight else value.name
         path = f"{_NAME}{index}"
-        graph_module.add_submodule(path, _weight_quantizer() if is_weight else _activation_quantizer())
+        quantizer: Quantizer = (
+            WeightQuantizer(bits=(bits or {}).get(name, 8), learned=learned)
+            if is_weight
+            else ActivationQuantizer(learned=learned)
+        )
+        graph_module.add_submodule(path, quantizer)
         with graph_module.graph.inserting_after(value):
             call = graph_module.graph.call_module(path, (value,))
         readers = [user for user in value.users if user is not call and user.target != GUARDS]
@@ -128,15 +138,23 @@ def remove_training_(graph_module: GraphModule) -> None:
 def replace_fake_quantizers_(graph_module: GraphModule) -> None:
     """Put integers in the place of fake quantizers: int8 constants for weights, quantize-dequantize for activations.
 
-    The scales are those that the fake quantizers computed with, to the bit. What only matters in training goes.
+    The scales are those that the fake quantizers computed with, to the bit; but a weight of shared values with a scale
+    per channel gets the integers of its codebook, see :mod:`lightning_edge.surgery.shared_integers`. What only matters
+    in training goes.
     """
     graph = graph_module.graph
     remove_training_(graph_module)
+    around = _steps_around_weights(graph_module)
     for node in graph.find_nodes(op="call_module"):
         quantizer = graph_module.get_submodule(str(node.target))
-        assert isinstance(quantizer, FakeQuantize)
+        assert isinstance(quantizer, WeightQuantizer | ActivationQuantizer)
         with graph.inserting_before(node):
-            new = _integer_weight(graph_module, node, quantizer) if quantizer.is_per_channel else _pair(node, quantizer)
+            is_weight = isinstance(quantizer, WeightQuantizer)
+            new = (
+                _integer_weight(graph_module, node, quantizer, around.get(str(node.target)))
+                if is_weight
+                else _pair(node, quantizer)
+            )
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     for node in list(graph.nodes):
@@ -214,44 +232,43 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, Node) and value.op == "get_attr"
 
 
-def _weight_quantizer() -> FakeQuantize:
-    # Not the fused one: it never takes a scale below 6.1e-5, too coarse for the small weights behind an unscaled input.
-    return FakeQuantize(
-        observer=MovingAveragePerChannelMinMaxObserver,
-        averaging_constant=1.0,  # the range is that of the weights now
-        dtype=torch.int8,
-        quant_min=-127,
-        quant_max=127,
-        qscheme=torch.per_channel_symmetric,
-        ch_axis=0,
-    )
-
-
-def _activation_quantizer() -> FakeQuantize:
-    return FusedMovingAvgObsFakeQuantize(
-        observer=MovingAverageMinMaxObserver,
-        dtype=torch.int8,
-        quant_min=-128,
-        quant_max=127,
-        qscheme=torch.per_tensor_affine,
-        eps=2**-12,  # XNNPACK's limit on the ratio of scales
-    )
-
-
-def _integer_weight(graph_module: GraphModule, node: Node, quantizer: FakeQuantize) -> Node:
+def _integer_weight(
+    graph_module: GraphModule, node: Node, quantizer: WeightQuantizer, around: tuple[float, float] | None
+) -> Node:
     value = node.args[0]
     assert isinstance(value, Node)
     assert value.op == "get_attr", "weights are constants once batch norms are folded"
     name = str(value.target).removesuffix("_folded")
-    limits = (0, quantizer.quant_min, quantizer.quant_max, torch.int8)
-    weight = tensor_at(graph_module, value.target).detach()
-    scale, zero_point = quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone()
-    integers = _qd.quantize_per_channel(weight, scale, zero_point, *limits)
+    integers, scale = _rounded(tensor_at(graph_module, value.target).detach(), quantizer, around)
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
     constants = [
         new_constant(graph_module, f"{name}_{part}", tensor)
         for part, tensor in (("int8", integers), ("scale", scale), ("zero_point", zero_point))
     ]
+    limits = (0, -127, 127, torch.int8)  # integers of fewer bits too: runtimes have kernels for these
     return graph_module.graph.call_function(_qd.dequantize_per_channel.default, (*constants, *limits))
+
+
+def _rounded(weight: Tensor, quantizer: WeightQuantizer, around: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
+    """Return integers and steps of a weight; ``around``: the steps of its layer's input and output."""
+    shared = shared_integers(weight, largest=quantizer.quant_max)
+    if shared is None:
+        scale = quantizer.steps_of(weight)
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        limits = (0, quantizer.quant_min, quantizer.quant_max, torch.int8)
+        return _qd.quantize_per_channel(weight, scale, zero_point, *limits), scale
+    integers, scale = shared
+    if quantizer.fixed and around is not None:
+        scale = odd_requantization(scale, input_scale=around[0], output_scale=around[1])
+    return integers, scale
+
+
+def _steps_around_weights(graph_module: GraphModule) -> dict[str, tuple[float, float]]:
+    """Return the steps of the input and the output of each layer that has both, by the path of its quantizer."""
+    return {
+        weight: tuple(float(tensor_at(graph_module, f"{path}.scale")) for path in (data, output))
+        for data, weight, output in requantized(graph_module, {})
+    }
 
 
 def _round_bias(graph_module: GraphModule, layer: Node) -> None:
@@ -284,7 +301,7 @@ def _is_integer_weight(value: object) -> bool:
     return isinstance(value, Node) and value.target is _qd.dequantize_per_channel.default
 
 
-def _pair(node: Node, quantizer: FakeQuantize) -> Node:
+def _pair(node: Node, quantizer: ActivationQuantizer) -> Node:
     limits = (float(quantizer.scale), int(quantizer.zero_point), quantizer.quant_min, quantizer.quant_max, torch.int8)
     integers = node.graph.call_function(_qd.quantize_per_tensor.default, (node.args[0], *limits))
     return node.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *limits))

@@ -92,7 +92,8 @@ def prune_(
             arXiv:1810.02340): these three read ``weight.grad``, so call ``backward`` first; ``"synflow"`` (Tanaka et
             al. 2020, arXiv:2006.05467), without data; ``"random"``; or a function from a weight to the importance of
             its elements, same shape.
-        include: Layers to prune, globs over names or class names; the default is every linear and convolution layer.
+        include: Layers to prune, globs over names or class names; the default is every linear and convolution layer,
+            and the projections of attention.
         exclude: Layers to leave alone.
         min_kept: Weights that every layer keeps at least, a number or a fraction in [0, 1), so that no layer dies.
         generator: Of the CPU, for ``"random"``; by default one that is seeded from torch's global generator.
@@ -113,16 +114,37 @@ def prune_(
     if score == "synflow":
         masks = synflow_masks(module, target, weights, example_inputs)
     else:
-        masks = target.masks(weight_scores(weights, score, generator=generator))
+        masks = score_masks(module, target, weights, score, generator=generator)
     apply_masks_(weights, masks)
-    layers = tuple(LayerSparsity(name, mask.numel(), mask.numel() - int(mask.sum())) for name, mask in masks.items())
+    layers = tuple(
+        LayerSparsity(name, mask.numel(), mask.numel() - int(mask.count_nonzero())) for name, mask in masks.items()
+    )
     return PruneReport(layers, masks)
+
+
+def score_masks(
+    module: nn.Module,
+    target: Target,
+    weights: Mapping[str, Tensor],
+    score: str | Score,
+    *,
+    progress: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Return the masks of a score that looks at weights and gradients as they are now.
+
+    Raises:
+        ValueError: If a gradient is missing, or a callable returns another shape.
+    """
+    if score == "magnitude":
+        return target.masks(module, weights, progress=progress, absolute=True)
+    return target.masks(module, weight_scores(weights, score, generator=generator), progress=progress)
 
 
 def weight_scores(
     weights: Mapping[str, Tensor], score: str | Score, *, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Return the importance of every weight, from the weights and their gradients as they are now.
+    """Return the importance of every weight, by any score but magnitude: there the weights say it themselves.
 
     Raises:
         ValueError: If a gradient is missing, or a callable returns another shape.
@@ -137,8 +159,6 @@ def weight_scores(
                 raise ValueError(
                     f"score must return the shape {tuple(weight.shape)} of {name!r}, got {tuple(found.shape)}"
                 )
-        elif score == "magnitude":
-            found = score_functions.magnitude(weight)
         elif score == "random":
             assert generator is not None
             found = score_functions.random(weight, generator)
@@ -161,14 +181,14 @@ def synflow_masks(
     if example_inputs is None:
         raise ValueError("example_inputs must be given for score 'synflow', got None: what the network is called with")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    final = sum(target.counts({name: tuple(weight.shape) for name, weight in weights.items()}).values())
+    final = sum(target.counts(module, weights).values())
     dense = sum(weight.numel() for weight in weights.values())
     masks = {name: torch.ones(weight.shape, dtype=torch.bool, device=weight.device) for name, weight in weights.items()}
     for number in range(1, _SYNFLOW_ROUNDS + 1):
         # The density falls exponentially (the paper's algorithm 1): the same share of what is left in every round.
         gone = dense * (1 - (1 - final / dense) ** (number / _SYNFLOW_ROUNDS))
         progress = 1.0 if number == _SYNFLOW_ROUNDS else min(1.0, gone / max(final, 1))
-        masks = target.masks(synflow_scores(module, weights, masks, inputs), progress=progress)
+        masks = target.masks(module, synflow_scores(module, weights, masks, inputs), progress=progress)
     return masks
 
 
@@ -182,4 +202,5 @@ def apply_masks_(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
     """
     for name, mask in masks.items():
         # Not a product: a negative weight times zero is -0.0, a second zero for every coder, and NaN would stay NaN.
-        weights[name].masked_fill_(mask.logical_not(), 0.0)
+        weight = weights[name]
+        torch.where(mask, weight, weight.new_zeros(()), out=weight)

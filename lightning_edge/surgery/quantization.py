@@ -9,10 +9,11 @@ from torch.fx import GraphModule
 
 from lightning_edge.surgery.batchnorm import scale_and_shift_, scale_weights_
 from lightning_edge.surgery.capture import capture, export_graph, keep_random_state
-from lightning_edge.surgery.captured import CapturedNetwork
+from lightning_edge.surgery.captured import CapturedNetwork, WeightBits
 from lightning_edge.surgery.fakequant import insert_fake_quantizers_, remove_training_
 from lightning_edge.surgery.pooling import keep_positions_
-from lightning_edge.surgery.selection import select_layers
+from lightning_edge.surgery.quantizers import WEIGHT_BITS
+from lightning_edge.surgery.selection import WEIGHTED, select_layers
 
 __all__ = ["CapturedNetwork", "capture_", "convert", "deployed", "release_"]
 
@@ -24,13 +25,15 @@ def capture_(
     observers: Mapping[str, Tensor] | None = None,
     frozen: bool = False,
     keep: Sequence[str] = (),
+    weight_bits: WeightBits = 8,
+    learned_steps: bool = False,
 ) -> CapturedNetwork:
     """Let the network compute with fake-quantized numbers from now on, sharing its tensors, and return what does it.
 
     Quantized are, in torchao's scheme for XNNPACK (PT2E): the weights of convolutions (1-D, 2-D) and linear layers, to
-    int8 in -127..127, symmetric per output channel, with the range of the weights at the last training step, and with a
-    batch norm that follows taken into account; their inputs and outputs, and those of sums, products and average pools,
-    to int8 per tensor with a moving average of the ranges seen. Everything else stays in float.
+    int8 in -127..127, symmetric per output channel, with the range of the weights of the moment, and with a batch norm
+    that follows taken into account; their inputs and outputs, and those of sums, products and average pools, to int8
+    per tensor with a moving average of the ranges seen. Everything else stays in float.
 
     Args:
         network: The plain network. Only its ``forward`` is replaced, on the instance; :func:`release_` puts it back.
@@ -40,10 +43,15 @@ def capture_(
         frozen: Whether these were frozen.
         keep: Globs over names of layers, or names of their classes, that stay in float. What their neighbours make or
             read is an integer as ever.
+        weight_bits: 8, 4, or globs over names of layers to these, the first match counting and 8 where none matches.
+            Weights of 4 bits are the integers -7..7, kept in int8: the file is smaller where it is entropy-coded, the
+            runtime computes with the kernels that it has. They start clipped where their squared error is smallest.
+        learned_steps: Let the sizes of all steps be learned (Esser et al. 2020, arXiv:1902.08153); what learns is
+            :class:`~lightning_edge.surgery.learned_steps.LearnedSteps`.
 
     Raises:
-        ValueError: If the network is captured already, cannot be captured, or has nothing to quantize, or if a pattern
-            matches no layer.
+        ValueError: If the network is captured already, cannot be captured, or has nothing to quantize, if a pattern
+            matches no layer, or a number of bits is not 8 or 4.
 
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1))
     >>> sorted(capture_(network, (torch.zeros(2, 4),)).observers)
@@ -59,8 +67,9 @@ def capture_(
     with keep_random_state(), torch.inference_mode(False), torch.enable_grad():
         graph_module, literals = capture(network, example_inputs)
         kept = [f"{name}.weight".removeprefix(".") for name in select_layers(network, keep, argument="keep")]
+        bits = bits_of_weights(network, weight_bits)
         pairs = scale_weights_(graph_module, keep=kept)
-        names = insert_fake_quantizers_(graph_module, pairs, keep=kept)
+        names = insert_fake_quantizers_(graph_module, pairs, keep=kept, bits=bits, learned=learned_steps)
         captured = CapturedNetwork(
             network,
             graph_module,
@@ -68,6 +77,8 @@ def capture_(
             pairs={layer.name: norm.name for layer, norm in pairs.items()},
             observers=names,
             keep=tuple(keep),
+            weight_bits=weight_bits,
+            learned_steps=learned_steps,
         )
         if observers is None:
             captured.observe_weights(example_inputs)
@@ -75,6 +86,28 @@ def capture_(
             captured.load_observer_state(observers, frozen=frozen)
     network.forward = captured
     return captured
+
+
+def bits_of_weights(network: nn.Module, weight_bits: WeightBits) -> dict[str, int]:
+    """Return the bits of each weight of a linear or convolution layer, by its name.
+
+    Raises:
+        ValueError: If a number of bits is not 8 or 4, or a pattern matches no layer.
+
+    >>> bits_of_weights(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"0": 8, "*": 4})
+    {'0.weight': 8, '1.weight': 4}
+    """
+    if not any(isinstance(layer, WEIGHTED) for layer in network.modules()):
+        return {}  # refused where the quantizers are inserted
+    wanted = {"*": weight_bits} if isinstance(weight_bits, int) else dict(weight_bits)
+    for pattern, bits in wanted.items():
+        if bits not in WEIGHT_BITS:
+            raise ValueError(f"weight_bits must be one of {WEIGHT_BITS}, got {bits!r} for {pattern!r}")
+    found: dict[str, int] = {}
+    for pattern, bits in wanted.items():
+        for name in select_layers(network, [pattern], argument="weight_bits"):
+            found.setdefault(f"{name}.weight".removeprefix("."), bits)
+    return found
 
 
 def release_(network: nn.Module) -> None:

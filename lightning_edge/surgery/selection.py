@@ -4,12 +4,14 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 WEIGHTED = (nn.Linear, _ConvNd)
 Layer = nn.Linear | _ConvNd
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def network_path(module: nn.Module, path: str | None = None) -> str:
@@ -60,7 +62,12 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def select_weights(
-    network: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    network: nn.Module,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    trainable: bool = True,
+    attention: bool = False,
 ) -> dict[str, nn.Parameter]:
     """Return the weights of the linear and convolution layers that the patterns choose, by name, in module order.
 
@@ -71,6 +78,9 @@ def select_weights(
         network: The network; names are relative to it.
         include: Layers that match any of these are taken.
         exclude: Layers that match any of these are left out, whatever ``include`` says.
+        trainable: Refuse frozen layers: they would be changed all the same.
+        attention: Take the input projections of attention layers too (``"self_attn.in_proj_weight"``); their output
+            projection is a linear layer of its own.
 
     Returns:
         Qualified parameter name (``"conv1.weight"``) to parameter.
@@ -81,23 +91,30 @@ def select_weights(
     >>> list(select_weights(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 2)), exclude=["Conv2d"]))
     ['2.weight']
     """
-    included = select_layers(network, include, argument="include")
-    excluded = select_layers(network, exclude, argument="exclude")
+    kinds = (*WEIGHTED, nn.MultiheadAttention) if attention else WEIGHTED
+    included = _matching(network, include, kinds, argument="include")
+    excluded = _matching(network, exclude, kinds, argument="exclude")
     selected: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, layer in included.items():
-        weight = layer.weight
-        if name in excluded or id(weight) in seen:
-            continue
-        _check_trainable(name, weight)
-        assert isinstance(weight, nn.Parameter)
-        seen.add(id(weight))
-        selected[f"{name}.weight" if name else "weight"] = weight
+        for key in _PROJECTIONS if isinstance(layer, nn.MultiheadAttention) else ("weight",):
+            if name in excluded or getattr(layer, key) is None:
+                continue
+            weight = _checked(name, layer, key, trainable=trainable)
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                selected[f"{name}.{key}" if name else key] = weight
     if not selected:
         raise ValueError(
             f"include={list(include)} without exclude={list(exclude)} must leave a layer of {list(included)[:6]}"
         )
     return selected
+
+
+def check_built(network: nn.Module) -> None:
+    """Raise a ValueError if a layer of the network is lazy and has not seen a batch yet."""
+    for name, layer in network.named_modules():
+        _check_built(name, layer)
 
 
 def select_layers(network: nn.Module, patterns: Sequence[str], *, argument: str) -> dict[str, Layer]:
@@ -114,9 +131,16 @@ def select_layers(network: nn.Module, patterns: Sequence[str], *, argument: str)
     >>> list(select_layers(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 2)), ["Linear"], argument="keep"))
     ['2']
     """
+    chosen = _matching(network, patterns, WEIGHTED, argument=argument)
+    return {name: layer for name, layer in chosen.items() if isinstance(layer, WEIGHTED)}
+
+
+def _matching(
+    network: nn.Module, patterns: Sequence[str], kinds: tuple[type[nn.Module], ...], *, argument: str
+) -> dict[str, nn.Module]:
     if isinstance(patterns, str):
         raise ValueError(f"{argument} must be a list of patterns, got the string {patterns!r}: write [{patterns!r}]")
-    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, WEIGHTED)}
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, kinds)}
     for pattern in patterns:
         if not any(_matches(name, layer, pattern) for name, layer in layers.items()):
             raise ValueError(_no_match(argument, pattern, layers))
@@ -127,17 +151,31 @@ def _matches(name: str, layer: nn.Module, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or type(layer).__name__ == pattern
 
 
-def _no_match(argument: str, pattern: str, layers: dict[str, Layer]) -> str:
+def _no_match(argument: str, pattern: str, layers: dict[str, nn.Module]) -> str:
     known = [*layers, *sorted({type(layer).__name__ for layer in layers.values()})]
     near = difflib.get_close_matches(pattern, known, n=3)
     hint = f"nearest: {near}" if near else f"the layers are {list(layers)[:6]}"
     return f"{argument} must match a linear or convolution layer, got {pattern!r}, which matches none; {hint}"
 
 
-def _check_trainable(name: str, weight: Tensor) -> None:
-    if isinstance(weight, UninitializedParameter):
+def _check_built(name: str, layer: nn.Module) -> None:
+    if any(isinstance(parameter, UninitializedParameter) for parameter in layer.parameters(recurse=False)):
         raise ValueError(
             f"layer {name!r} must be built before it is compressed: run one batch through the network first"
         )
-    if not weight.requires_grad:
+
+
+def _checked(name: str, layer: nn.Module, key: str, *, trainable: bool) -> nn.Parameter:
+    """Return a weight of a layer if it can be compressed."""
+    weight = getattr(layer, key)
+    if is_parametrized(layer, key) or not isinstance(weight, nn.Parameter):
+        raise ValueError(
+            f"layer {name!r} must hold its weight as a parameter, got one that is computed from others (weight_norm,"
+            " spectral_norm, torch.nn.utils.prune or a parametrization): take that off first"
+            " (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm,"
+            " torch.nn.utils.prune.remove), or add the layer to exclude"
+        )
+    _check_built(name, layer)
+    if trainable and not weight.requires_grad:
         raise ValueError(f"layer {name!r} must be trainable, its weight is frozen: unfreeze it or add it to exclude")
+    return weight

@@ -129,7 +129,9 @@ def share_weights_(  # noqa: PLR0913 - every option once, by keyword
     A packed file is entropy-coded, so bytes follow from how often each value is taken, not from k. With a ``rate`` a
     weight takes the value of least squared error + rate x code length (Chou, Lookabaugh, Gray 1989): at equal bytes
     this is far nearer to the weights than fewer clusters are. Give many clusters (64, 256); the rate leaves as many as
-    are worth it. Useful rates are 0.005 (a layer of normal weights keeps 4.7 bits each) to 0.1 (2.2).
+    are worth it. Useful rates are 0.005 (a layer of normal weights keeps 4.7 bits each) to 0.1 (2.2). The rate of a
+    file of so many bytes is found by ``export.byte_budget.share_weights_within_``; batch norms can be folded before, by
+    ``surgery.batchnorm_folding.fold_batch_norms_``. What the starts come to is a table of ``benchmarks/RESULTS.md``.
 
     Args:
         module: The network; its selected weights are changed in place.
@@ -165,9 +167,12 @@ def share_weights_(  # noqa: PLR0913 - every option once, by keyword
     (3, 3)
     """
     books = Codebooks(init, channel_scale, rate, group_channels, block)
-    selected = select_shared(module, resolve_clusters(clusters, bits), include=include, exclude=exclude)
+    counts = resolve_clusters(clusters, bits)
+    books.check_clusters(counts)
+    selected = select_shared(module, counts, include=include, exclude=exclude)
     weights: dict[str, Tensor] = {name: weight.detach() for name, (weight, _) in selected.items()}
     books.check(module, weights)
+    _check_finite(weights)
     heed = None if importance is None else checked_importance(weights, importance)
     price = prices(weights, rate, heed) if rate else {}
     layers, all_codes, all_scales = [], {}, {}
@@ -272,6 +277,14 @@ def reassign_shared_(
             price=price.get(name, 0.0),
             importance=_importance(hidden[name], heed, name, books.channel_scale),
         )
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if weight.numel() and not all(bool(bound.isfinite()) for bound in weight.aminmax()):
+            raise ValueError(
+                f"weights must be finite, got an infinite value or NaN in {name!r}: the network has diverged"
+            )
 
 
 def _importance(weight: Tensor, given: Mapping[str, Tensor] | None, name: str, channel_scale: bool) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,18 @@ def cut_(module: nn.Module, kept: Mapping[Side, Tensor], *, optimizers: Iterable
     """Keep only some channels of some layers.
 
     Parameters stay the same objects, so that optimizers, tied names and whoever holds them keep them; gradients are
-    dropped. In the optimizers, every state tensor of a parameter's shape (momentum, both moments of Adam) is cut alike.
+    dropped. In the optimizers, every state tensor of a parameter's shape (momentum, both moments of Adam) is cut alike,
+    and every one that has dimensions of 1 in their place (the rows and columns of Adafactor) in the others.
 
     Args:
         module: Changed in place.
         kept: For a side of a layer, the indices of the channels that stay, increasing.
         optimizers: Whose states are cut too.
+
+    Raises:
+        ValueError: If an optimizer's state cannot be cut; nothing has changed then.
     """
+    check_states(module, optimizers)
     layers = dict(module.named_modules())
     for side, indices in kept.items():
         layer = layers[side.layer]
@@ -123,6 +129,34 @@ def cut_(module: nn.Module, kept: Mapping[Side, Tensor], *, optimizers: Iterable
                 local = torch.unique(local % per_group)
             _cut_tensor(tensor, dim, local, optimizers)
         resize(layer, len(indices), output=side.is_output)
+
+
+def check_states(module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Raise a ValueError unless everything that the optimizers hold of a network can be cut with its parameters.
+
+    >>> line = nn.Linear(2, 3)
+    >>> check_states(line, [torch.optim.Adam(line.parameters())])
+    """
+    for optimizer in optimizers:
+        for name, parameter in module.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not _can_follow(value, parameter.shape):
+                    raise ValueError(
+                        "optimizer must hold states that can be cut with the weights, got"
+                        f" {type(optimizer).__name__} with {key!r} of another shape than {name!r},"
+                        f" {tuple(parameter.shape)}: take another optimizer, or cut before its first step"
+                    )
+
+
+def _can_follow(value: Any, shape: torch.Size) -> bool:
+    """Return whether what an optimizer holds of a parameter can be cut with it; single numbers stay as they are."""
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel() > 1]
+    return not tensors or (isinstance(value, Tensor) and _follows(value, shape))
+
+
+def _follows(state: Tensor, shape: torch.Size) -> bool:
+    """Return whether a state has the dimensions of its parameter, or 1 in their place."""
+    return state.ndim == len(shape) and all(size in (1, full) for size, full in zip(state.shape, shape, strict=True))
 
 
 def resize(layer: nn.Module, size: int, *, output: bool) -> None:
@@ -154,5 +188,5 @@ def _cut_tensor(tensor: Tensor, dim: int, indices: Tensor, optimizers: Iterable[
     for optimizer in optimizers:
         state: dict[str, Any] = optimizer.state.get(tensor, {})
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == shape:
+            if isinstance(value, Tensor) and _follows(value, shape) and value.shape[dim] == shape[dim]:
                 state[key] = value.index_select(dim, indices)

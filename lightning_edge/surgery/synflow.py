@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_edge.surgery.copying import copied
+from lightning_edge.surgery.outputs import flat_tensors
 
 
 def synflow_scores(
@@ -17,6 +18,7 @@ def synflow_scores(
 
     Tanaka et al. 2020 (arXiv:2006.05467), equation 1 and algorithm 1. Computed in double precision on a copy, in
     evaluation mode, with the running statistics of batch norms left out; normalized to a sum of 1, which float32 holds.
+    Of a network with several outputs (tuples, mappings), all count.
 
     Args:
         network: Not changed.
@@ -50,8 +52,10 @@ def synflow_scores(
         torch.ones_like(v[:1], dtype=torch.float64) if v.is_floating_point() else v[:1] for v in example_inputs
     )
     with torch.enable_grad():
-        outputs = flow(*ones)
-        total = outputs.sum()
+        outputs = [tensor for tensor in flat_tensors(flow(*ones)) if tensor.requires_grad]
+        if not outputs:
+            raise ValueError("score 'synflow' must find a flow from inputs to outputs, got no output with a gradient")
+        total = torch.stack([tensor.sum() for tensor in outputs]).sum()
         chosen = {name: flow.get_parameter(name) for name in weights}
         gradients = torch.autograd.grad(total, list(chosen.values()), allow_unused=True)
     scores = {

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_edge.surgery.channels import slim_channels_
-from lightning_edge.surgery.widths import WIDTHS_KEY
+from lightning_edge.surgery.widths import load_widths_
 
 
 def load_weights_(network: nn.Module, path: str | Path) -> None:
@@ -37,8 +36,7 @@ def load_weights_(network: nn.Module, path: str | Path) -> None:
     if not prefixes:
         raise ValueError(f"checkpoint must hold weights of {type(network).__name__}, got {path} without {first!r}")
     prefix = min(prefixes, key=len)
-    if WIDTHS_KEY in state:
-        slim_channels_(network, manifest=state[WIDTHS_KEY])
+    load_widths_(network, state)
     try:
         network.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
     except RuntimeError as error:

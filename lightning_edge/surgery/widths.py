@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_edge.surgery.heads import narrow_
+from lightning_edge.surgery.selection import check_built
 from lightning_edge.surgery.slicing import Side, cut_, is_depthwise, width
 
 _ATTRIBUTES = (
@@ -66,6 +67,40 @@ def read_widths(manifest: Mapping[str, Mapping[str, Any]]) -> Manifest:
                     f"manifest must give sizes of at least 1 for {list(_ATTRIBUTES)}, got {name}.{key}={size!r}"
                 )
     return {str(name): dict(sizes) for name, sizes in manifest.items()}
+
+
+def load_widths_(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a plain network the widths of a checkpoint whose channels were removed; its weights are loaded afterwards.
+
+    One line in a LightningModule lets ``load_from_checkpoint`` and every ``ckpt_path=`` work without ``ChannelPruning``
+    in the trainer::
+
+        def on_load_checkpoint(self, checkpoint):
+            load_widths_(self.model, checkpoint)
+
+    Args:
+        module: The network that was narrowed, as wide as it was; or as narrow as it became.
+        checkpoint: Of Lightning; one without widths is of a wide network, which stays as it is.
+
+    Raises:
+        ValueError: If the widths are of another network, or a layer is not built yet.
+
+    >>> layer = nn.Linear(3, 5)
+    >>> load_widths_(layer, {"lightning_edge.widths": {"": {"out_features": 4}}}); layer.weight.shape
+    torch.Size([4, 3])
+    """
+    check_built(module)
+    rebuild_(module, checkpoint.get(WIDTHS_KEY, {}))
+
+
+def has_widths(module: nn.Module, manifest: Manifest) -> bool:
+    """Return whether a network has all the sizes of a manifest: whether it is the narrow one.
+
+    >>> has_widths(nn.Linear(3, 5), {"": {"out_features": 4}})
+    False
+    """
+    widths = widths_of(module)
+    return all(widths.get(name, {}).get(key) == size for name, sizes in manifest.items() for key, size in sizes.items())
 
 
 def rebuild_(

@@ -213,7 +213,7 @@ def test_contexts_of_every_kind_are_read(program):
             code, dtype = 4, NUMBERS[4]
         values = rng.integers(0, 256, alphabet * dtype.itemsize, dtype=np.uint8)
         rows = codes.reshape(shape[0], -1)
-        lanes = 1 << int(rng.integers(0 if codes.size < 500 else 2, 8))  # a state each takes too many steps
+        lanes = 1 << int(rng.integers(0 if codes.size < 100 else 4, 8))  # a state each takes too many steps
         coded = encode_with(plan, rows, alphabet, riders=values.tobytes(), lanes=lanes)
         files.append(file_of(record(code, shape, "context", varint(alphabet) + b"\0" + coded)))
         plans.append(plan)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from fuzzer import LAYERS, MAX_MEMORY, MAX_SECONDS, damaged, fuzz, golden_files, mutant, put_together, take_apart
 
-from lightning_edge import pack
+from lightning_edge import load_artifact, pack, unpack
 from lightning_edge.artifact import EdgeFormatError, inspect, read_tensors
 from lightning_edge.artifact.reading import onnx_bytes, parse
 
@@ -49,6 +50,20 @@ def test_every_reader_of_files_raises_one_class_alone(tmp_path, read):
     assert refused > 40
 
 
+def test_hostile_graphs_are_loaded_and_unpacked_or_refused_by_the_one_class(tmp_path):
+    original, refused = take_apart(NETWORK.read_bytes()), Counter()
+    for number in range(60):
+        data = put_together(original.meta, damaged(Random(number), original.index, original.index), original.tensors)
+        (tmp_path / "mutant.edge").write_bytes(data)
+        for read in (load_artifact, lambda path, **limit: unpack(path, tmp_path / "mutant.onnx", **limit)):
+            try:
+                read(tmp_path / "mutant.edge", max_bytes=1 << 18)
+            except EdgeFormatError:
+                refused[read] += 1
+    assert refused[load_artifact] > 30
+    assert max(refused.values()) < 60
+
+
 def test_a_file_that_is_cut_anywhere_is_refused():
     data = NETWORK.read_bytes()
     for size in range(len(data)):
@@ -74,7 +89,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path, moment):
         import os, signal
         from pathlib import Path
         import numpy as np
-        from lightning_edge import pack
+        from lightning_edge import load_artifact, pack, unpack
 
         write, replace = Path.write_bytes, Path.replace
         def kill(): os.kill(os.getpid(), signal.SIGKILL)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import textwrap
 import tracemalloc
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import pytest
 import zstandard
 from onnx import helper, numpy_helper
 
-from lightning_edge import pack, unpack
+from lightning_edge import load_artifact, pack, unpack
 from lightning_edge.artifact import EdgeFormatError, read_tensors
 from lightning_edge.artifact.format import INDEX, META, TENSORS, join_sections
 from lightning_edge.artifact.tensors import CODECS
@@ -195,6 +198,42 @@ def test_a_tiny_file_that_claims_gigabytes_takes_no_memory(tmp_path, record):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "safetensors"])
+def test_unpacking_keeps_to_the_limit(tmp_path, suffix):
+    path = tmp_path / "hostile.edge"
+    record = bytes([1, 1]) + varint(1 << 28) + bytes([0, 4, 0, 0, 0, 0])
+    path.write_bytes(joined({META: b"", INDEX: varint(1) + b"w" + b"graph", TENSORS: record}))
+    with pytest.raises(EdgeFormatError, match="a number must be at most 9999"):
+        unpack(path, tmp_path / f"out.{suffix}", max_bytes=10_000_000)
+    with pytest.raises(EdgeFormatError, match="a number must be at most 9999"):
+        load_artifact(path, max_bytes=10_000_000)
+    assert [file.name for file in tmp_path.iterdir()] == ["hostile.edge"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory are those of Linux")
+@pytest.mark.parametrize(
+    "read", ["load_artifact(path)", "unpack(path, 'w.onnx')", "unpack(path, 'w.safetensors')", "inspect(path)"]
+)
+def test_more_than_the_memory_holds_is_refused(tmp_path, read):
+    record = bytes([1, 1]) + varint(500_000_000) + bytes([0, 4, 0, 0, 0, 0])
+    (tmp_path / "hostile.edge").write_bytes(joined({META: b"", INDEX: varint(1) + b"w" + b"graph", TENSORS: record}))
+    program = f"""
+        import resource
+        from lightning_edge import load_artifact, unpack
+        from lightning_edge.artifact import EdgeFormatError, inspect
+        path = "hostile.edge"
+        resource.setrlimit(resource.RLIMIT_AS, (3 << 29, resource.RLIM_INFINITY))
+        try:
+            {read}
+        except EdgeFormatError as error:
+            assert "must expand to what the memory holds" in str(error), error
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_limit_is_of_all_tensors_together(tmp_path):

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import lightning_edge
-from lightning_edge import pack
+from lightning_edge import load_artifact, pack, unpack
 from lightning_edge.artifact import inspect, read_tensors
 from lightning_edge.artifact.reading import SAFETENSORS, onnx_bytes, open_file
 from lightning_edge.artifact.tensors import BFLOAT16
@@ -232,8 +232,11 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path, header, message):
         ({"w": np.array([1 + 2j])}, r"got complex128 in 'w'"),
         ({"w": torch.zeros(2, dtype=torch.float8_e4m3fn)}, r"got torch.float8_e4m3fn in 'w'"),
         ({"w": torch.zeros(2, dtype=torch.complex64)}, r"got complex64 in 'w'"),
-        ({"a\nb": np.zeros(3)}, r"tensor names must have no line break and not be empty, got \['a\\nb'\]"),
-        ({"": np.zeros(3)}, r"tensor names must have no line break and not be empty, got \[''\]"),
+        ({"a\nb": np.zeros(3)}, r"tensor names must be strings without a line break, and not empty, got \['a\\nb'\]"),
+        ({"": np.zeros(3)}, r"tensor names must be strings without a line break, and not empty, got \[''\]"),
+        ({3: np.zeros(3)}, r"tensor names must be strings without a line break, and not empty, got \[3\]"),
+        ({"w": torch.eye(3).to_sparse()}, r"tensors must be dense, got torch.sparse_coo in 'w': pack its to_dense\(\)"),
+        ({"_extra_state": {"a": 1}}, "source must hold tensors alone, got a dict under '_extra_state': leave it out"),
         (17, "source must be a path, an ONNX model or a state dict, got a int"),
     ],
 )
@@ -241,6 +244,57 @@ def test_what_cannot_be_packed_is_named(tmp_path, source, message):
     with pytest.raises(ValueError, match=message):
         pack(source, tmp_path / "w.edge")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_named_before_any_work(tmp_path):
+    message = r"path must lie in a folder that exists, got '.*missing/w.edge': make '.*missing' first"
+    with pytest.raises(FileNotFoundError, match=message):
+        pack("no.onnx", tmp_path / "missing" / "w.edge")
+    path = pack({"w": np.zeros(3)}, tmp_path / "w.edge").path
+    with pytest.raises(FileNotFoundError, match=message.replace("edge", "safetensors")):
+        unpack(path, tmp_path / "missing" / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["packed.edge", "packed.bin"])
+def test_a_packed_file_is_not_packed_again(tmp_path, name):
+    (tmp_path / name).write_bytes(pack({"w": np.zeros(3)}, tmp_path / "w.edge").path.read_bytes())
+    with pytest.raises(ValueError, match=f"source must not be packed, got '.*{name}', a .edge file: unpack it first"):
+        pack(tmp_path / name, tmp_path / "again.edge")
+
+
+def sum_of(first, second, *, nodes=(), initializers=(), outputs=("y",)):
+    """y = x * first + x * second."""
+    nodes = [
+        *nodes,
+        *(helper.make_node("Mul", ["x", name], [f"x {index}"]) for index, name in enumerate((first, second))),
+        helper.make_node("Add", ["x 0", "x 1"], ["y"]),
+    ]
+    made = [value(name, ["batch", 400]) for name in outputs]
+    graph = helper.make_graph(nodes, "g", [value("x", ["batch", 400])], made, list(initializers))
+    return helper.make_model(graph, opset_imports=OPSET, ir_version=10)
+
+
+FACTORS = (np.arange(400) % 7).astype(np.float32)[None]
+
+
+def test_large_constants_of_a_graph_are_coded_as_tensors(tmp_path):
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(FACTORS)),
+        helper.make_node("Constant", [], ["small"], value=numpy_helper.from_array(FACTORS[:, :1])),
+    ]
+    path = pack(sum_of("c", "small", nodes=nodes), tmp_path / "net.edge").path
+    assert list(read_tensors(path)) == ["c"]
+    x = np.random.default_rng(0).normal(size=(3, 400)).astype(np.float32)
+    assert np.array_equal(load_artifact(path)(x), x * FACTORS + x * FACTORS[:, :1])
+
+
+def test_equal_tensors_of_a_graph_are_stored_once(tmp_path):
+    equal = [numpy_helper.from_array(FACTORS, name) for name in ("a", "b")]
+    path = pack(sum_of("a", "b", initializers=equal), tmp_path / "net.edge").path
+    assert list(read_tensors(path)) == ["a"]
+    assert np.array_equal(load_artifact(path)(np.ones((1, 400), np.float32)), 2 * FACTORS)
+    both = sum_of("a", "b", initializers=equal, outputs=("y", "b"))
+    assert list(read_tensors(pack(both, tmp_path / "net.edge").path)) == ["a", "b"]
 
 
 def test_a_source_of_another_suffix_is_refused_with_those_that_are_read(tmp_path):

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import DigitsTask, fit_digits
 from lightning.pytorch.callbacks import Callback
 
 import lightning_edge.callbacks.export as export_module
+from conftest import DigitsTask, fit_digits
 from lightning_edge import (
     ChannelPruning,
     DistillationModule,

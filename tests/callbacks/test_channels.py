@@ -13,6 +13,7 @@ from lightning_edge import (
     WeightPruning,
     WeightSharing,
     load_artifact,
+    load_widths_,
     slim_channels_,
 )
 from lightning_edge.models import DigitsNet
@@ -132,7 +133,7 @@ def test_after_the_removal_a_checkpoint_carries_its_widths(fit, tmp_path, task_c
     assert checkpoint[WIDTHS_KEY] == {"3": {"out_channels": 8}, "7": {"in_features": 72}}
     # By hand, without a trainer:
     plain = task_class()
-    slim_channels_(plain.model, manifest=checkpoint[WIDTHS_KEY])
+    slim_channels_(plain.model, checkpoint[WIDTHS_KEY])
     plain.load_state_dict(checkpoint["state_dict"], strict=True)
     # By the trainer, validating a checkpoint with a plain module:
     settings = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "devices": 1}
@@ -145,14 +146,30 @@ def test_after_the_removal_a_checkpoint_carries_its_widths(fit, tmp_path, task_c
     assert "on_load_checkpoint" not in vars(other)
 
 
-def test_load_from_checkpoint_works_with_a_hook_of_two_lines(fit, tmp_path, task_class):
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_one_line_in_a_hook_reloads_without_the_callback(fit, tmp_path, task_class, digits_loaders):
     class Reloading(task_class):
         def on_load_checkpoint(self, checkpoint):
-            slim_channels_(self.model, manifest=checkpoint[WIDTHS_KEY])
+            load_widths_(self.model, checkpoint)
 
     fit(ChannelPruning(sparsity=0.5, round_to=2, remove_epoch=1), task=Reloading())
     task = Reloading.load_from_checkpoint(tmp_path / "fit" / "epoch=3.ckpt")
     assert task.model[3].out_channels == 8
+    assert Reloading.load_from_checkpoint(tmp_path / "fit" / "epoch=0.ckpt").model[3].out_channels == 16
+    settings = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "devices": 1}
+    plain = L.Trainer(**settings)
+    plain.validate(Reloading(), digits_loaders()[1], ckpt_path=tmp_path / "fit" / "epoch=3.ckpt", verbose=False)
+    plain.validate(task, digits_loaders()[1], ckpt_path=tmp_path / "fit" / "epoch=3.ckpt", verbose=False)
+
+
+def test_a_wide_checkpoint_needs_a_module_that_is_wide(fit, tmp_path, task_class, digits_loaders):
+    task, trainer = fit(ChannelPruning(sparsity=0.5, round_to=2, remove_epoch=1))
+    wide = tmp_path / "fit" / "epoch=0.ckpt"
+    with pytest.raises(ValueError, match="got one of the wide network: load it into a new DigitsTask"):
+        trainer.validate(task, digits_loaders()[1], ckpt_path=wide, verbose=False)
+    other = task_class()
+    trainer.validate(other, digits_loaders()[1], ckpt_path=wide, verbose=False)
+    assert other.model[3].out_channels == 16
 
 
 def test_our_own_module_reloads_by_itself(fit, tmp_path):
@@ -257,3 +274,20 @@ def test_bad_arguments_fail_at_construction(options, message):
 def test_what_cannot_work_fails_before_training(fit, options, message):
     with pytest.raises(ValueError, match=message):
         fit(ChannelPruning(sparsity=0.5, **options))
+
+
+def test_an_optimizer_whose_states_cannot_be_cut_is_refused_after_the_first_epoch(fit, task_class):
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter] = {"rows": torch.ones(2)}
+            return super().step(closure)
+
+    class Task(task_class):
+        def configure_optimizers(self):
+            return Odd(self.parameters(), 0.05)
+
+    task = Task()
+    with pytest.raises(ValueError, match="got Odd with 'rows' of another shape"):
+        fit(ChannelPruning(sparsity=0.5, round_to=2), task=task)
+    assert task.current_epoch == 0

@@ -121,6 +121,18 @@ def test_a_run_resumed_from_its_finished_checkpoint_exports_the_same_bytes(fit, 
     assert first == second
 
 
+def test_what_the_packed_file_is_like_is_passed_on(fit, tmp_path, monkeypatch):
+    told, write = [], module.export
+
+    def watched(network, path, **options):
+        told.append({name: options[name] for name in ("round_small", "adaptive")})
+        return write(network, path, **options)
+
+    monkeypatch.setattr(module, "export", watched)
+    fit(ExportArtifacts(tmp_path / "out", formats=["onnx"], adaptive=False, round_small=False), epochs=1)
+    assert told == [{"round_small": False, "adaptive": False}]
+
+
 def test_a_trial_run_of_one_batch_exports_nothing(fit, tmp_path):
     fit(ExportArtifacts(tmp_path / "out"), fast_dev_run=True)
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from lightning_edge import WeightPruning
 from lightning_edge.functional.regrowth import RigL, Splicing
@@ -43,6 +43,7 @@ OPTIONS = {
     "splicing": {"end_epoch": 3, "regrowth": Splicing()},
     "rigl": {"scope": "erk", "score": "random", "regrowth": RigL(every_n_steps=3, end_step=24)},
     "rewinding": {"end_epoch": 2, "rewind_step": 3},
+    "rewound splicing": {"start_epoch": 1, "end_epoch": 3, "regrowth": Splicing(), "rewind_step": 10},
 }
 
 
@@ -228,10 +229,44 @@ def test_rewinding_puts_the_early_weights_back_under_the_masks(fit):
     assert states.momenta == 0
 
 
-def test_nothing_is_rewound_before_its_step(fit):
-    plain, _ = fit(WeightPruning(0.8))
-    rewound, _ = fit(WeightPruning(0.8, rewind_step=20))
-    assert all(torch.equal(value, rewound.state_dict()[name]) for name, value in plain.state_dict().items())
+def test_hidden_weights_are_rewound_too(fit):
+    class States(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 10:
+                hidden = pruning.state_dict()["hidden"]
+                self.whole = {name: w + hidden[name.removeprefix("model.")] for name, w in weights(pl_module)}
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            hidden = pruning.state_dict()["hidden"]
+            self.last = {name: w + hidden.get(name.removeprefix("model."), 0) for name, w in weights(pl_module)}
+
+    def weights(pl_module):
+        return [(name, pl_module.state_dict()[name].clone()) for name in WEIGHTS]
+
+    pruning = WeightPruning(0.8, start_epoch=1, end_epoch=3, regrowth=Splicing(), rewind_step=10)
+    states = States()
+    fit(pruning, states)
+    assert all(bool(hidden.any()) for hidden in pruning.state_dict()["hidden"].values())
+    assert all(torch.equal(value, states.whole[name]) for name, value in states.last.items())
+
+
+@pytest.mark.parametrize("averaging_first", [True, False])
+def test_an_average_starts_anew_from_the_rewound_weights(fit, averaging_first):
+    class States(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 3:
+                self.early = pl_module.model[7].weight.clone()
+            if trainer.global_step == 24:
+                self.averaged = average._average_model.module.model[7].weight.clone()
+                self.count = int(average._average_model.n_averaged)
+
+    average, states = EMAWeightAveraging(decay=0.9), States()
+    pruning = WeightPruning(0.8, start_epoch=2, end_epoch=3, rewind_step=3)
+    task, _ = fit(*([average, pruning] if averaging_first else [pruning, average]), states)
+    kept = pruning.state_dict()["masks"]["7.weight"]
+    assert torch.equal(states.averaged, states.early * kept)
+    assert states.count == 0
+    assert sum(zeros(task)) == int(0.8 * SIZE)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +297,11 @@ def test_bad_arguments_fail_at_construction(options, message):
             {"sparsity": 0.5, "regrowth": RigL(every_n_steps=2, end_step=33)},
             "end_step of RigL must be at most 32, the steps of the fit",
         ),
+        (
+            {"sparsity": 0.5, "end_epoch": 2, "rewind_step": 16},
+            "rewind_step must be below 16, the optimizer step of the last decision, got 16: nothing would be rewound",
+        ),
+        ({"sparsity": 0.5, "end_step": 9, "rewind_step": 40}, "rewind_step must be below 9, the optimizer step of"),
     ],
 )
 def test_what_cannot_work_fails_before_training(fit, options, message):

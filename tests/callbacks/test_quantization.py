@@ -186,7 +186,7 @@ def test_pruning_after_the_observers_are_frozen_is_refused(fit):
 
 
 def test_a_fit_that_ends_early_raises(fit):
-    with pytest.raises(ValueError, match="must start at epoch 3, got a fit that ended at epoch 1"):
+    with pytest.raises(ValueError, match="must round from epoch 3, got a fit that ended at epoch 1"):
         fit(QuantizationAwareTraining(3), max_steps=8)
 
 
@@ -201,8 +201,14 @@ def test_a_network_that_cannot_be_captured_is_named(fit, task_class):
 
             self.model.append(Branch())
 
-    with pytest.raises(ValueError, match="Sequential cannot be captured as a graph.*torch.where"):
-        fit(QuantizationAwareTraining(0), task=Branching())
+        def on_before_zero_grad(self, optimizer):
+            steps.append(1)
+
+    steps = []
+    for start_epoch in (0, 3):
+        with pytest.raises(ValueError, match="Sequential cannot be captured as a graph in layer '8' at .*torch.where"):
+            fit(QuantizationAwareTraining(start_epoch), task=Branching())
+    assert steps == []  # said before the first step, whenever quantization begins
 
 
 @pytest.mark.parametrize(

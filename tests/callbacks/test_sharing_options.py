@@ -8,9 +8,7 @@ from torch import nn
 import lightning_edge.callbacks.sharing as sharing_module
 from lightning_edge import WeightPruning, WeightSharing, export
 from lightning_edge.artifact.tensors import order0_bits
-from lightning_edge.callbacks.byte_budget import share_within
 from lightning_edge.surgery.channel_scales import channel_scales
-from lightning_edge.surgery.sharing import ShareReport
 
 WEIGHTS = ("model.0.weight", "model.3.weight", "model.7.weight")
 THROUGH = {"at_epochs": [1], "reassign_every": 3}
@@ -221,59 +219,6 @@ def test_a_layer_that_was_clustered_by_rate_keeps_its_zeros(fit):
     assert all(counts == watch.after(1)[0] for counts in watch.after(1))
 
 
-class Sizes:
-    """A network whose records take ``sizes(rate)`` bytes, and its file a little less and 500 more."""
-
-    def __init__(self, sizes):
-        self.sizes, self.rate, self.files = sizes, None, 0
-
-    def within(self, max_bytes, **options):
-        seams = {"share": self.share, "record_bytes": self.record_bytes, "file_bytes": self.file_bytes}
-        return share_within(max_bytes, **seams, **options)[1]
-
-    def share(self, rate):
-        self.rate = rate
-        return ShareReport((), {}, {})
-
-    def record_bytes(self, report):
-        return int(self.sizes(self.rate))
-
-    def file_bytes(self):
-        self.files += 1
-        return int(self.sizes(self.rate) * 0.93) + 500
-
-
-@pytest.mark.parametrize("max_bytes", [2000, 4000, 9000])
-def test_a_budget_is_met_and_used(max_bytes):
-    fake = Sizes(lambda rate: 10_000 / (1 + 20 * rate))
-    assert fake.within(max_bytes) == fake.rate
-    assert fake.files <= 5
-    assert 0.99 * max_bytes <= fake.file_bytes() <= max_bytes
-
-
-def test_a_budget_that_is_large_enough_costs_nothing():
-    fake = Sizes(lambda rate: 10_000 / (1 + 20 * rate))
-    assert fake.within(9900, spare=100) == 0.0
-    assert fake.within(9899, spare=100) > 0.0
-
-
-def test_a_budget_between_two_sizes_takes_the_smaller():
-    fake = Sizes(lambda rate: 6000 if rate < 0.1 else 3000)
-    assert fake.within(5000) == fake.rate == pytest.approx(0.1, rel=0.01)
-
-
-def test_a_file_that_jumps_where_its_records_do_not_is_met_too():
-    fake = Sizes(lambda rate: 10_000 / (1 + 20 * rate))
-    fake.file_bytes = lambda: 6000 if fake.rate < 0.07 else 3000
-    assert 0.07 <= fake.within(4000) < 0.5
-
-
-def test_a_budget_out_of_reach_names_the_smallest_file():
-    fake = Sizes(lambda rate: 10_000 / (1 + min(rate, 1)))
-    with pytest.raises(ValueError, match=r"max_bytes must be at least 5,160, got 600: the smallest .* has 5,150 bytes"):
-        fake.within(600, spare=10)
-
-
 @pytest.mark.slow
 def test_the_file_fits_the_budget(fit, tmp_path):
     sharing = WeightSharing(64, at_epochs=[0], max_bytes=2500)
@@ -325,6 +270,7 @@ def test_a_file_that_has_grown_above_the_budget_raises_at_the_end(fit, monkeypat
     [
         ({"rate": -0.1}, "rate must be a finite number >= 0"),
         ({"block": 5}, r"block must be one of \[1, 2, 4\]"),
+        ({"clusters": 300, "channel_scale": True}, "clusters must be at most 256 with channel_scale, got 300"),
         ({"channel_scale": True, "gradient": "sum"}, "gradient must be 'mean' with channel_scale, got 'sum'"),
         ({"importance": "fisher"}, r"importance must be one of \['none', 'gradients'\], got 'fisher'"),
         ({"importance": "gradients", "at_epochs": [0, 2]}, r"importance must be 'none' .* take at_epochs=\[1, 2\]"),
@@ -333,7 +279,7 @@ def test_a_file_that_has_grown_above_the_budget_raises_at_the_end(fit, monkeypat
         ({"reassign_every": 2, "gradient": "sum"}, "gradient must be 'mean' with reassign_every and no freeze_epoch"),
         ({"freeze_epoch": 3}, "freeze_epoch must be None without reassign_every, got 3"),
         ({"reassign_every": 2, "freeze_epoch": 1}, "freeze_epoch must be above the last of at_epochs, 1, got 1"),
-        ({"max_bytes": 0}, "max_bytes must be a whole number >= 1, or None, got 0"),
+        ({"max_bytes": 0}, "max_bytes must be a whole number >= 1, got 0"),
         ({"max_bytes": 100, "rate": 0.1}, "rate must be 0 with max_bytes, got 0.1"),
         ({"max_bytes": 100, "block": 2}, "max_bytes must be None with block=2, got 100"),
         ({"max_bytes": 100, "reassign_every": 2}, "max_bytes must be None with reassign_every and no freeze_epoch"),
@@ -341,7 +287,7 @@ def test_a_file_that_has_grown_above_the_budget_raises_at_the_end(fit, monkeypat
 )
 def test_options_that_do_not_go_together_fail_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
-        WeightSharing(4, **{"at_epochs": [1], **arguments})
+        WeightSharing(**{"clusters": 4, "at_epochs": [1], **arguments})
 
 
 def test_what_does_not_fit_the_network_or_the_trainer_fails_at_setup(fit):

@@ -50,3 +50,11 @@ def test_weights_without_scales_are_left_alone(shared):
         share_weights_(network, clusters=4)
     model = to_onnx(network, (images,))
     assert merge_channel_scales_(model) == ()
+
+
+def test_as_many_values_as_may_be_shared_with_scales_are_found_in_the_file(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 32)
+    share_weights_(layer, clusters=256, channel_scale=True)
+    path = export(layer, tmp_path / "net.edge", example_inputs=(torch.zeros(2, 512),))
+    assert len(np.unique(read_tensors(path)["weight"])) <= 257

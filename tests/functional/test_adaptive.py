@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 
@@ -85,3 +87,15 @@ def test_a_stream_that_is_cut_short_or_too_long_is_found_out(cut):
         decoded(data[:-cut], contexts, 4, lanes=4)
     with pytest.raises(EdgeFormatError):
         decoded(data + bytes(2 * cut), contexts, 4, lanes=4)
+
+
+def test_a_column_of_few_rows_costs_little_however_many_counts_there_are():
+    small, large = (AdaptiveTables(64 * 7, alphabet) for alphabet in (2, 256))
+    seconds = []
+    for tables in (small, large):
+        tables.refreshed()
+        start = time.process_time()
+        for _ in range(3000):
+            tables.count(np.array([5]), np.array([1]))
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 3 * seconds[0]

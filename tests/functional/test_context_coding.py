@@ -105,6 +105,7 @@ def test_work_beyond_what_the_bytes_allow_is_refused():
     data = some_stream()
     with pytest.raises(EdgeFormatError, match="steps"):
         context_decode(ByteReader(data), (4, 10 * steps_allowed(len(data))), 3, riders=0)
+    assert steps_allowed(2 * 40) == 2 * steps_allowed(40)  # many small tensors may ask for no more than a large one
     values = Pass(64, Contexts(0, 0, 1, 1, 1))
     assert steps((10, 65), 32, Plan((10, 1, 1), 0, 0, values, values)) == 60
 

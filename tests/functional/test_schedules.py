@@ -20,8 +20,13 @@ from lightning_edge.functional.schedules import (
 
 unit_interval = st.floats(0.0, 1.0)
 schedules = st.one_of(
-    st.sampled_from([OneShot(), Linear(), Cubic(), Cosine(), MultiStep()]),
-    st.builds(Exponential, st.floats(0.0, exclude_min=True, allow_infinity=False)),
+    st.sampled_from([OneShot(), MultiStep()]),
+    st.one_of(*(st.builds(schedule, st.floats(0.0, 1.0, exclude_max=True)) for schedule in (Linear, Cubic, Cosine))),
+    st.builds(
+        Exponential,
+        st.floats(0.0, exclude_min=True, allow_infinity=False),
+        initial=st.sampled_from([0.0, 0.1, 0.7]),
+    ),
     st.builds(Ramp, st.floats(0.0, 1.0, exclude_max=True), unit_interval),
 )
 
@@ -31,6 +36,34 @@ def test_cubic_is_equation_1_of_zhu_and_gupta():
     for epoch in range(start, end + 1):
         paper = final + (0.0 - final) * (1 - (epoch - start) / (end - start)) ** 3
         assert final * Cubic()(progress_at(epoch, start=start, end=end)) == pytest.approx(paper, abs=1e-15)
+
+
+def test_initial_is_the_initial_sparsity_of_the_paper_over_the_final_one():
+    initial, final, start, end = 0.3, 0.9, 2, 10
+    schedule = Cubic(initial=initial / final)
+    for epoch in range(start, end + 1):
+        paper = final + (initial - final) * (1 - (epoch - start) / (end - start)) ** 3
+        assert final * schedule(progress_at(epoch, start=start, end=end)) == pytest.approx(paper, abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", [Linear, Cubic, Exponential, Cosine])
+def test_an_initial_fraction_is_where_a_schedule_starts(schedule):
+    plain, raised = schedule(), schedule(initial=0.25)
+    assert [raised(step / 8) for step in range(9)] == pytest.approx([0.25 + 0.75 * plain(s / 8) for s in range(9)])
+    assert (raised(0.0), raised(1.0)) == (0.25, 1.0)
+    for initial in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"initial must lie in \[0, 1\), the fraction of the target at the start"):
+            schedule(initial=initial)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(lambda: MultiStep((0, 10, 20), (0.5, 0.7, 1.0)), "milestones"), (lambda: Ramp(20), "hold")]
+)
+def test_epochs_in_place_of_fractions_are_refused_with_the_division(make, name):
+    with pytest.raises(
+        ValueError, match=rf"{name} must be fractions .* got 20: .* 20 of a schedule from 0 to 40 as 0.5"
+    ):
+        make()
 
 
 @pytest.mark.parametrize(
@@ -90,7 +123,7 @@ def test_a_steepness_out_of_range_is_refused(steepness):
     [
         ((), (), r"milestones must be numbers in \[0, 1\].*got \(\)"),
         ((0.5, 0.2), (0.5, 1.0), r"milestones must be .*none smaller than the one before, got \(0\.5, 0\.2\)"),
-        ((0.5, 1.5), (0.5, 1.0), r"milestones must be numbers in \[0, 1\]"),
+        ((0.5, 1.5), (0.5, 1.0), r"milestones must be fractions of the way from start to end"),
         ((0.0, math.nan, 1.0), (0.1, 0.5, 1.0), r"milestones must be numbers in \[0, 1\]"),
         ((0.5, 0.5), (0.5, 1.0), "milestones must differ"),
         ((0.0, 0.5), (-0.5, 1.0), r"fractions must be numbers in \[0, 1\]"),

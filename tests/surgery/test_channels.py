@@ -117,6 +117,42 @@ def test_random_scores_come_from_the_generator():
     assert widths(1) == widths(1) != widths(2)
 
 
+@pytest.mark.parametrize("build", [DigitsNet, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Linear(16, 3))])
+def test_the_rows_and_columns_of_adafactor_are_cut_alike(build):
+    network, inputs = build(), torch.randn(8, 1, 8, 8)
+    optimizer = torch.optim.Adafactor(network.parameters(), lr=1e-3)
+    network(inputs).square().mean().backward()
+    optimizer.step()
+    slim_channels_(network, example_inputs=inputs, sparsity=0.5, optimizer=optimizer, protect_ends=False)
+    for parameter, state in optimizer.state.items():
+        assert parameter.ndim == 1 or state["row_var"].shape == (*parameter.shape[:-1], 1)
+        assert parameter.ndim == 1 or state["col_var"].shape == (*parameter.shape[:-2], 1, parameter.shape[-1])
+    network(inputs).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("key", "value"), [("rows", torch.ones(5)), ("factors", [torch.eye(3), torch.eye(4)])])
+def test_a_state_that_cannot_be_cut_is_refused_before_anything_changes(key, value):
+    network, inputs = DigitsNet(), torch.randn(2, 1, 8, 8)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    optimizer.state[network.fc1.weight] = {"step": torch.ones(1), key: value}
+    with pytest.raises(
+        ValueError, match=rf"optimizer must hold states that can be cut .* got SGD with '{key}' of another shape"
+    ):
+        slim_channels_(network, example_inputs=inputs, sparsity=0.5, optimizer=optimizer)
+    assert count(network) == 42_898
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize(
+    "options", [{"sparsity": 0.5, "example_inputs": torch.ones(2, 4)}, {"manifest": {"0": {"out_features": 16}}}]
+)
+def test_a_layer_that_is_not_built_yet_is_named(options):
+    network = nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.Linear(32, 2))
+    with pytest.raises(ValueError, match="layer '0' must be built before it is compressed: run one batch"):
+        slim_channels_(network, **options)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_training_goes_on_with_the_moments_of_what_is_left(optimizer):
     """Narrow after zeroing equals zeroed all along, step by step, moments included."""
@@ -303,3 +339,16 @@ def test_macs_count_every_call_of_a_layer():
     assert plan.macs([torch.ones(16)]) == 64 * (3 * 16 * 9 + 16 * 16 * 9 + 16 * 16) + 16 * 4 * 10
     with pytest.raises(ValueError, match="network must have channels that can be removed"):
         slim_channels_(network, example_inputs=torch.ones(2, 3), macs=0.5, protect_ends=True)
+
+
+def test_a_transposed_convolution_that_is_called_by_keyword_is_counted():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.up = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 2, 2, 2)
+
+        def forward(self, x):
+            return self.up(input=self.first(input=x))
+
+    plan = ChannelPlan(Keyword(), (torch.randn(IMAGES),), protect_ends=False)
+    assert plan.macs([torch.ones(4)]) == 64 * (3 * 4 + 4 * 2 * 4)

@@ -163,3 +163,105 @@ def test_a_removal_that_would_change_the_outputs_leaves_the_network(monkeypatch)
     with pytest.raises(RuntimeError, match="outputs must not change when dead units are removed"):
         remove_dead_units_(network, example_inputs=torch.randn(2, 2))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class Gated(nn.Module):
+    """Units that are constant or not, depending on what they meet before their consumer."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.a, self.b, self.meet = nn.Linear(6, 8), nn.Linear(8, 3), meet
+        with torch.no_grad():
+            self.a.weight[:4] = 0.0
+
+    def forward(self, x):
+        return self.b(self.meet(self.a(x), x))
+
+
+@pytest.mark.parametrize(
+    "meet",
+    [
+        lambda units, x: units * x.sum(1, keepdim=True).relu(),
+        lambda units, x: units + (x.min() > 0.5),
+        lambda units, x: units * float(x.sum() > 0),
+        lambda units, x: units if x.sum() < 0 else -units,
+        lambda units, x: F.layer_norm(units.relu(), (8,)) * 0,
+        lambda units, x: units * units.mean(1, keepdim=True).relu(),
+    ],
+    ids=["gate", "comparison", "number", "decision", "norm", "mean"],
+)
+def test_units_that_meet_data_are_left_alone_whatever_the_example(meet):
+    torch.manual_seed(0)
+    network, inputs = Gated(meet), torch.rand(16, 6)
+    with torch.no_grad():
+        expected = network(inputs)
+        assert remove_dead_units_(network, example_inputs=-torch.ones(2, 6)).count == 0
+        torch.testing.assert_close(network(inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "meet",
+    [
+        lambda units, x: 1 - units.relu() * 2,
+        lambda units, x: (units + units.sigmoid()).clamp_(min=0.1),
+        lambda units, x: units[:, :, None, None].flatten(1),
+        lambda units, x: F.max_pool1d(units.unsqueeze(2), 1).squeeze(2) * units,
+        lambda units, x: units.unsqueeze(2).mean(2) + units,
+    ],
+    ids=["arithmetic", "two ways", "flattened", "pooled", "mean"],
+)
+def test_units_that_meet_nothing_else_go(meet):
+    torch.manual_seed(0)
+    network, inputs = Gated(meet), torch.rand(16, 6)
+    with torch.no_grad():
+        expected = network(inputs)
+        assert remove_dead_units_(network, example_inputs=-torch.ones(2, 6)).removed == {"a": 4}
+        torch.testing.assert_close(network(inputs), expected)
+
+
+class Squeezed(nn.Module):
+    """A gate of the units' own, as in squeeze-and-excitation: the gate's weights decide whether a unit is alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.down, self.up, self.b = nn.Conv2d(1, 8, 3), nn.Linear(8, 4), nn.Linear(4, 8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        gate = self.up(self.down(x.mean((2, 3))).relu()).sigmoid().view(len(x), -1, 1, 1)
+        return self.b(x * gate)
+
+
+def test_a_unit_goes_with_its_gate():
+    torch.manual_seed(0)
+    network, inputs = Squeezed(), torch.randn(4, 1, 5, 5)
+    with torch.no_grad():
+        network.a.weight[:3] = 0.0
+        network.up.weight[:2] = 0.0
+        expected = network(inputs)
+        assert remove_dead_units_(network, example_inputs=inputs).removed == {"a": 2}
+        torch.testing.assert_close(network(inputs), expected)
+
+
+def test_layers_that_are_called_by_keyword_are_seen_too():
+    class Keyword(Normed):
+        def forward(self, x):
+            x = F.relu(self.norm_a(input=self.a(input=x)))
+            return self.head(input=F.relu(self.norm_b(input=self.b(input=x))).mean((2, 3)))
+
+    network = randomized(Keyword(padding=0)).eval()
+    with torch.no_grad():
+        network.a.weight[2] = 0.0
+        network.norm_a.bias[2] = 3.0
+        inputs = torch.randn(4, 1, 8, 8)
+        expected = network(inputs)
+        assert remove_dead_units_(network, example_inputs=inputs).removed == {"a": 1}
+        torch.testing.assert_close(network(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_bias_and_norm_only_a_zero_goes():
+    network = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3, bias=False), nn.Linear(3, 2))
+    with torch.no_grad():
+        network[0].weight[1:3] = 0.0
+        network[0].bias[1], network[0].bias[2] = 2.0, -2.0
+    assert remove_dead_units_(network, example_inputs=torch.randn(4, 2)).removed == {"0": 1}

@@ -84,3 +84,90 @@ def test_a_score_of_the_users_own_decides():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         prune_(net(), **arguments)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("score", ["magnitude", "synflow"])
+def test_two_of_four_are_counted_along_the_inputs_of_a_transposed_convolution_too(groups, score):
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(8, 6, 3, groups=groups)
+    report = prune_(layer, sparsity=0.5, pattern="2:4", score=score, example_inputs=torch.ones(1, 8, 4, 4))
+    kept = (layer.weight != 0).view(groups, 8 // groups // 4, 4, 6 // groups, 9).sum(2)
+    assert set(kept.flatten().tolist()) == {2}
+    assert torch.equal(report.masks["weight"], layer.weight != 0)
+
+
+def test_blocks_are_outputs_by_inputs_in_a_transposed_convolution_too():
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(8, 6, 3)
+    prune_(layer, sparsity=0.5, pattern="1x4")
+    zeros = (layer.weight == 0).view(2, 4, 6, 9).sum(1)
+    assert set(zeros.flatten().tolist()) == {0, 4}
+
+
+def test_blocks_that_cannot_reach_the_target_are_warned_of():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 6))
+    with pytest.warns(
+        UserWarning, match=r"blocks of 4x4 do not reach sparsity 0\.9: '0' and 0 more layers end at 0\.8"
+    ):
+        report = prune_(model, sparsity=0.9, pattern="4x4", scope="layer", include=["0"])
+    assert report.sparsity == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_floor_that_a_pattern_cannot_keep_is_refused():
+    with pytest.raises(ValueError, match=r"min_kept must be at most 0\.5 for pattern '2:4', which keeps that fraction"):
+        prune_(net(), sparsity=0.5, pattern="2:4", min_kept=0.6)
+    with pytest.raises(ValueError, match=r"min_kept must leave 154 weights of '3' .* got 200, which leaves 115"):
+        prune_(net(), sparsity=0.5, pattern="2:4", min_kept=200, include=["3"])
+
+
+def test_attention_is_pruned_in_all_its_projections():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    report = prune_(layer, sparsity=0.5)
+    names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+    assert list(report.masks) == names
+    assert report.zeros == (192 + 64 + 128 + 128) // 2
+    assert int((layer.self_attn.in_proj_weight == 0).sum()) > 0
+    apart = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+    assert list(prune_(apart, sparsity=0.5, exclude=["out_proj"]).masks) == [
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+    ]
+    with pytest.raises(ValueError, match="must leave a layer"):
+        prune_(layer, sparsity=0.5, include=["self_attn"], exclude=["MultiheadAttention"])
+
+
+def test_magnitudes_are_found_without_a_copy_of_the_weights():
+    layer = nn.Linear(1000, 1000)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        prune_(layer, sparsity=0.9)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 1_000_000 <= largest < 2_000_000  # the mask has a byte a weight, a copy of the weights four
+
+
+class Heads(nn.Module):
+    """A network that returns a tuple and a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.left, self.right = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.left(x), {"right": self.right(x), "labels": x.argmax(1)}
+
+
+def test_synaptic_flow_counts_every_output():
+    torch.manual_seed(0)
+    model = Heads()
+    report = prune_(model, sparsity=0.5, score="synflow", example_inputs=torch.ones(1, 4))
+    assert report.zeros == 32
+    assert all(layer.zeros < layer.size for layer in report.layers)
+    with pytest.raises(ValueError, match="score 'synflow' must find a flow .* got no output with a gradient"):
+        prune_(nn.Sequential(model, Detached()), sparsity=0.5, score="synflow", example_inputs=torch.ones(1, 4))
+
+
+class Detached(nn.Module):
+    def forward(self, outputs):
+        return outputs[0].detach()

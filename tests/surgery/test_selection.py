@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_edge.surgery.selection import find_network, network_path, select_weights
 
@@ -81,3 +82,22 @@ def test_an_unknown_path_names_the_nearest():
     module.model = Net()
     with pytest.raises(ValueError, match=r"got 'modle'; near: \['model'"):
         find_network(module, "modle")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.spectral_norm,
+    ],
+    ids=["prune", "weight_norm", "spectral_norm", "old spectral_norm"],
+)
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+def test_a_weight_that_is_computed_is_refused_with_the_mend(change):
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    change(network[0])
+    with pytest.raises(ValueError, match=r"layer '0' must hold its weight as a parameter, .*take that off first"):
+        select_weights(network)
+    assert list(select_weights(network, exclude=["0"])) == ["2.weight"]

@@ -97,6 +97,8 @@ def test_projection_and_gradients_match_a_loop():
         ({"clusters": 4, "block": 2, "init": "optimal"}, "init must be 'linear' with block=2, got 'optimal'"),
         ({"clusters": 4, "block": 2, "group_channels": 2}, "group_channels must be None with block=2, got 2"),
         ({"clusters": 4, "channel_scale": True, "group_channels": 2}, "group_channels must be None with channel_scale"),
+        ({"clusters": {"*": 257}, "channel_scale": True}, "clusters must be at most 256 with channel_scale, got 257"),
+        ({"bits": 9, "channel_scale": True}, "clusters must be at most 256 with channel_scale, got 512"),
         ({"clusters": 4, "importance": {}}, r"importance must have the shape \(8, 2, 3, 3\) for '0.weight', got none"),
     ],
 )
@@ -113,6 +115,23 @@ def test_vectors_that_do_not_fill_a_row_are_refused():
 def test_transposed_convolutions_have_no_rows_of_one_channel():
     with pytest.raises(ValueError, match="channel_scale and group_channels must be left out for transposed convolu"):
         share_weights_(nn.ConvTranspose2d(2, 3, 3), clusters=4, channel_scale=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_need_more_bits_than_halves_have(dtype):
+    layer = nn.Linear(8, 8).to(dtype)
+    with pytest.raises(ValueError, match=f"channel_scale must be False for weights of {dtype}, got True and 'weight'"):
+        share_weights_(layer, clusters=4, channel_scale=True)
+
+
+@pytest.mark.parametrize("channel_scale", [True, False])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_of_a_network_that_diverged_are_refused(number, channel_scale):
+    network = net()
+    with torch.no_grad():
+        network[0].weight[1, 1, 1, 1] = number
+    with pytest.raises(ValueError, match=r"weights must be finite, got an infinite value or NaN in '0\.weight'"):
+        share_weights_(network, clusters=4, channel_scale=channel_scale)
 
 
 def test_importance_must_be_finite():

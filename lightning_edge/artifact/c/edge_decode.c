@@ -445,7 +445,7 @@ static int decode_context(const EdgeTensor *tensor, Cursor in, uint8_t *data, Ar
     const Codebook book = codebook_head(&in, tensor, size == 1 ? 256 : 4096);
     const uint8_t *values = book.form == CONSECUTIVE ? codebook_values(&in, tensor, book, memory) : NULL;
     if (!require(&in, tensor->dimensions >= 2 && tensor->elements > 0)) return 1;
-    const uint64_t steps = (1 << 10) + 4 * (uint64_t)left(&in); /* a small file must not ask for much work */
+    const uint64_t steps = 6 * (uint64_t)left(&in); /* a small file must not ask for much work */
     Pass p = {.rows = tensor->shape[0], .columns = tensor->elements / tensor->shape[0], .size = size}, mask;
     if (read_plan(&in, book.size, &mask, &p) == 0) return 1;
     require(&in, (uint64_t)p.columns * ((p.rows - 1) / p.lanes + 1) * (1 + p.partial) <= steps);

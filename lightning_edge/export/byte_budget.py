@@ -1,20 +1,107 @@
 """Spend a budget of bytes on shared weights: one rate for all layers, found on the packed file."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lightning_edge.artifact.tensors import encode_tensor
 from lightning_edge.export import export
+from lightning_edge.functional.sharing import Init
 from lightning_edge.surgery.shared_state import codebook_of
-from lightning_edge.surgery.sharing import ShareReport
+from lightning_edge.surgery.sharing import Clusters, ShareReport, resolve_clusters, select_shared, share_weights_
 
 _FLOAT32 = 1  # ONNX's number of the type
 _LEAST_RATE, _LARGEST_RATE, _STEP = 0.002, 200.0, 4.0
 _TRIALS, _NEAR = 8, 0.001
 _FILES, _CLOSE, _CLOSE_BYTES = 5, 0.004, 24  # nearer to the budget, another file would buy next to nothing
+
+
+def share_weights_within_(  # noqa: PLR0913 - every option once, by keyword
+    module: nn.Module,
+    *,
+    max_bytes: int,
+    example_inputs: tuple[Tensor, ...],
+    clusters: Clusters = 64,
+    init: Init = "linear",
+    channel_scale: bool = False,
+    group_channels: int | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+) -> tuple[ShareReport, float]:
+    """Share weights as finely as a ``.edge`` file of at most ``max_bytes`` allows; return the report and the rate.
+
+    The rate of :func:`~lightning_edge.surgery.sharing.share_weights_` is found on files as ``export`` writes them. Its
+    other options are explained there.
+
+    Args:
+        module: The network; its selected weights are changed in place.
+        max_bytes: Largest file of the whole network.
+        example_inputs: Positional inputs, batch first.
+        clusters: Most shared values of a layer, or a mapping from patterns to them; the rate leaves fewer.
+        init: Start of the k-means.
+        channel_scale: A weight is scale of its output channel x shared value.
+        group_channels: A codebook for every so many output channels.
+        importance: Squared gradients of the loss, by weight name.
+        include: Layers to share.
+        exclude: Layers to leave alone.
+        seed: Of the draws of ``init="random"`` and ``"kmeans++"``, the same at every rate.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the budget out of reach: the weights are then as they were.
+
+    >>> layer = nn.Linear(256, 64)
+    >>> report, rate = share_weights_within_(layer, max_bytes=9000, example_inputs=(torch.zeros(2, 256),))
+    >>> file_bytes(layer, (torch.zeros(2, 256),)) <= 9000
+    True
+    """
+    check_max_bytes(max_bytes)
+    selected = select_shared(module, resolve_clusters(clusters, None), include=include, exclude=exclude)
+    weights = {name: weight.detach() for name, (weight, _) in selected.items()}
+    originals = {name: weight.clone() for name, weight in weights.items()}
+
+    def restore() -> None:
+        for name, weight in originals.items():
+            weights[name].copy_(weight)
+
+    def share(rate: float) -> ShareReport:
+        restore()
+        return share_weights_(
+            module,
+            clusters=clusters,
+            init=init,
+            channel_scale=channel_scale,
+            rate=rate,
+            group_channels=group_channels,
+            importance=importance,
+            include=include,
+            exclude=exclude,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    try:
+        return share_within(
+            max_bytes,
+            share=share,
+            record_bytes=lambda report: record_bytes(weights, report),
+            file_bytes=lambda: file_bytes(module, example_inputs),
+        )
+    except ValueError:
+        restore()
+        raise
+
+
+def check_max_bytes(max_bytes: int) -> None:
+    """Raise a ValueError unless a budget is a number of bytes.
+
+    >>> check_max_bytes(5000)
+    """
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+        raise ValueError(f"max_bytes must be a whole number >= 1, got {max_bytes!r}")
 
 
 def share_within(

@@ -1,0 +1,156 @@
+"""Fake quantizers: they round to the numbers of the integer network, and follow the range or learn the step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.pt2e import (
+    FakeQuantize,
+    FusedMovingAvgObsFakeQuantize,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+)
+
+WEIGHT_BITS = (8, 4)
+_CLIPS = torch.linspace(0.3, 1.0, 71)
+
+
+class WeightQuantizer(FakeQuantize):
+    """Rounds a weight to signed integers, symmetric, with a step for each output channel.
+
+    The step is the channel's largest magnitude of the moment, times ``exp(log_clip)``, over the largest integer: it
+    follows the weight, and a batch norm in front, at every call, in evaluation too, where nothing is stored. Fixed
+    steps (:attr:`fixed`) are those in ``scale``.
+
+    Args:
+        bits: 8 or 4; with 4 bits the integers are -7..7, kept in int8.
+        learned: Whether ``log_clip`` gets LSQ's gradient (Esser et al. 2020, arXiv:1902.08153, eq. 3, sec. 2.2). We
+            learn the step relative to the range, in the log domain, so that it keeps its meaning while weights,
+            batch norms or averages move.
+    """
+
+    def __init__(self, *, bits: int = 8, learned: bool = False) -> None:
+        largest = 2 ** (bits - 1) - 1
+        # Not the fused module: it never takes a scale below 6.1e-5, too coarse for weights behind an unscaled input.
+        super().__init__(
+            observer=MovingAveragePerChannelMinMaxObserver,
+            averaging_constant=1.0,  # the range is that of the weights now
+            dtype=torch.int8,
+            quant_min=-largest,
+            quant_max=largest,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
+        )
+        self.bits, self.learned, self.fixed = bits, learned, False
+        self.log_clip = nn.Parameter(torch.zeros(0), requires_grad=learned)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the rounded weight."""
+        if self.log_clip.numel() == 0:
+            self.log_clip.data = self._first_clip(values.detach())
+        if self.fixed:
+            scale = self.scale
+        else:
+            scale = self._steps(values.detach())
+            if self.observer_enabled[0] == 1:
+                self._store(values.detach(), scale.detach())
+        if self.fake_quant_enabled[0] == 0:
+            return values
+        limits = (self.quant_min, self.quant_max)
+        zero_point = torch.zeros_like(scale)
+        if scale.requires_grad:
+            factor = _gradient_factor(values.numel() // len(scale), self.quant_max)
+            return torch._fake_quantize_learnable_per_channel_affine(values, scale, zero_point, 0, *limits, factor)
+        return torch.fake_quantize_per_channel_affine(values, scale, zero_point.int(), 0, *limits)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Return steps and zero points, of shape (channels,), of the ranges last seen."""
+        scale, zero_point = super().calculate_qparams()
+        return scale * self.log_clip.exp(), zero_point
+
+    @torch.no_grad()
+    def steps_of(self, weight: Tensor) -> Tensor:
+        """Return the steps, shape (channels,), that this weight is rounded with."""
+        return (self.scale if self.fixed else self._steps(weight)).detach().clone()
+
+    def _steps(self, weight: Tensor) -> Tensor:
+        largest = weight.abs().flatten(1).amax(1)
+        return (largest * self.log_clip.exp() / self.quant_max).clamp(min=torch.finfo(torch.float32).eps)
+
+    def _store(self, weight: Tensor, scale: Tensor) -> None:
+        low, high = torch.aminmax(weight.flatten(1), dim=1)
+        observer = self.activation_post_process
+        observer.min_val, observer.max_val = low, high
+        self.scale, self.zero_point = scale, torch.zeros_like(scale, dtype=torch.int32)
+
+    def _first_clip(self, weight: Tensor) -> Tensor:
+        """Eight bits cover the range; fewer start where the squared error of the channel is smallest.
+
+        The paper starts at 2 mean|w| / sqrt(q_max), which fits two bits and is five times too coarse at eight.
+        """
+        clip = weight.new_zeros(len(weight))
+        if self.bits == 8:
+            return clip
+        rows = weight.flatten(1)
+        steps = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps) / self.quant_max
+        best = torch.full_like(clip, torch.inf)
+        for candidate in _CLIPS.tolist():
+            step = steps * candidate
+            error = ((rows / step).round().clamp(self.quant_min, self.quant_max) * step - rows).square().sum(1)
+            clip = torch.where(error < best, math.log(candidate), clip)
+            best = torch.minimum(error, best)
+        return clip
+
+
+class ActivationQuantizer(FusedMovingAvgObsFakeQuantize):
+    """Rounds an activation to int8, with a moving average of the ranges seen in training.
+
+    The step is that of the range times ``exp(log_clip)``, with the same zero point.
+
+    Args:
+        learned: As for :class:`WeightQuantizer`.
+    """
+
+    def __init__(self, *, learned: bool = False) -> None:
+        super().__init__(
+            observer=MovingAverageMinMaxObserver,
+            dtype=torch.int8,
+            quant_min=-128,
+            quant_max=127,
+            qscheme=torch.per_tensor_affine,
+            eps=2**-12,  # XNNPACK's limit on the ratio of scales
+        )
+        self.learned, self.fixed = learned, False
+        self.log_clip = nn.Parameter(torch.zeros(1), requires_grad=learned)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the rounded activation, of its own type: under autocast ranges and rounding are those of float32."""
+        wide = values.float()
+        if self.fixed:  # the fused operator computes the scale anew from the range at every call
+            return FakeQuantize.forward(self, wide).to(values.dtype)
+        rounded = self._learning(wide) if self.learned else super().forward(wide)
+        return rounded.to(values.dtype)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Return step and zero point, of shape (1,), of the range and the clip as they are now."""
+        scale, zero_point = super().calculate_qparams()
+        return scale * self.log_clip.exp(), zero_point
+
+    def _learning(self, values: Tensor) -> Tensor:
+        if self.observer_enabled[0] == 1:
+            self.activation_post_process(values.detach())
+        if self.fake_quant_enabled[0] == 0:
+            return values
+        scale, zero_point = self.calculate_qparams()
+        if self.observer_enabled[0] == 1:
+            self.scale, self.zero_point = scale.detach(), zero_point.to(torch.int32)
+        limits = (self.quant_min, self.quant_max, _gradient_factor(values.numel(), self.quant_max))
+        return torch._fake_quantize_learnable_per_tensor_affine(values, scale, zero_point.float(), *limits)
+
+
+Quantizer = WeightQuantizer | ActivationQuantizer
+
+
+def _gradient_factor(count: int, largest: int) -> float:
+    """Return 1 / sqrt(N q_max), which balances the updates of steps and weights (Esser et al. 2020, sec. 2.2)."""
+    return 1.0 / math.sqrt(count * largest)
