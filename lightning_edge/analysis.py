@@ -144,7 +144,7 @@ class QuantizationSensitivityAnalysis:
         """
         path = network_path(model, self.network)
         network = find_network(model, self.network)
-        options = {"observer": self.observer, "batches": self.batches}
+        options: dict[str, Any] = {"observer": self.observer, "batches": self.batches}
 
         def evaluate(other: nn.Module) -> float:
             if not path:

@@ -78,9 +78,9 @@ def load_artifact(
     Args:
         path: The file; the suffix says which runtime.
         threads: Threads of the runtime for one call. ExecuTorch has one pool in a process: the last load counts.
+        runtime: ``"openvino"`` for ``.onnx`` and ``.edge`` (needs the extra ``openvino``); None for the usual one.
         max_bytes: Most bytes that a ``.edge`` file may expand to, see
             :func:`~lightning_edge.artifact.reading.open_file`; the runtime takes a few times as many.
-        runtime: ``"openvino"`` for ``.onnx`` and ``.edge`` (needs the extra ``openvino``); None for the usual one.
 
     Raises:
         ValueError: If the suffix or the runtime is unknown, ``threads`` is below 1, or the file is damaged
@@ -91,18 +91,20 @@ def load_artifact(
     path = Path(path)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    if runtime not in _LOADERS:
-        raise ValueError(f"runtime must be one of {list(_LOADERS)}, got {runtime!r}")
-    loaders = _LOADERS[runtime]
-    if path.suffix not in loaders:
-        raise ValueError(f"path must end in one of {list(loaders)}, got {path.name!r}")
+    if runtime not in _RUNTIMES:
+        raise ValueError(f"runtime must be one of {list(_RUNTIMES)}, got {runtime!r}")
+    suffixes = [".edge", ".onnx", ".pte"] if runtime is None else [".edge", ".onnx"]
+    if path.suffix not in suffixes:
+        raise ValueError(f"path must end in one of {suffixes}, got {path.name!r}")
     if not path.is_file():
         raise FileNotFoundError(
             f"path must be a file, got {str(path)!r}, which does not exist (seen from {Path.cwd()})"
         )
-    load = loaders[path.suffix]
-    if path.suffix != ".edge":
-        return load(path, path, threads)  # by its path: tensors may lie in files beside it
+    if path.suffix == ".pte":
+        return _load_pte(path, threads)
+    load = _RUNTIMES[runtime]
+    if path.suffix == ".onnx":
+        return load(str(path), path, threads)  # by its path: tensors may lie in files beside it
     model = onnx_bytes(path, max_bytes=max_bytes)
     try:
         return load(model, path, threads)
@@ -110,16 +112,14 @@ def load_artifact(
         raise EdgeFormatError(str(error), offset=0) from error
 
 
-def _onnxruntime(model: bytes | Path, path: Path, threads: int) -> Session:
+def _onnxruntime(model: bytes | str, path: Path, threads: int) -> Session:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class
         raise ValueError(f"onnxruntime must be able to load {path}, got: {error}") from error
     inputs = [
@@ -144,7 +144,7 @@ def _onnxruntime(model: bytes | Path, path: Path, threads: int) -> Session:
     )
 
 
-def _openvino(model: bytes | Path, path: Path, threads: int) -> Session:
+def _openvino(model: bytes | str, path: Path, threads: int) -> Session:
     try:
         import openvino
     except ImportError as error:
@@ -154,8 +154,8 @@ def _openvino(model: bytes | Path, path: Path, threads: int) -> Session:
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     options["INFERENCE_PRECISION_HINT"] = "f32"  # processors with bf16 would compute a float network in that
     try:
-        read = core.read_model(io.BytesIO(model) if isinstance(model, bytes) else model)
-        compiled = core.compile_model(read, "CPU", options)
+        network = core.read_model(io.BytesIO(model) if isinstance(model, bytes) else model)
+        compiled = core.compile_model(network, "CPU", options)
     except RuntimeError as error:
         raise ValueError(f"OpenVINO must be able to load {path}, got: {error}") from error
     inputs = [
@@ -183,7 +183,7 @@ def _openvino(model: bytes | Path, path: Path, threads: int) -> Session:
     )
 
 
-def _executorch(model: bytes | Path, path: Path, threads: int) -> Session:
+def _load_pte(path: Path, threads: int) -> Session:
     try:
         import torch
 
@@ -197,7 +197,7 @@ def _executorch(model: bytes | Path, path: Path, threads: int) -> Session:
     from importlib.metadata import version
 
     _unsafe_reset_threadpool(threads)
-    program = Runtime.get().load_program(model)
+    program = Runtime.get().load_program(path)
     method = program.load_method("forward")
     metadata = method.metadata
     tensors = [metadata.input_tensor_meta(index) for index in range(metadata.num_inputs())]
@@ -243,10 +243,7 @@ def _names(program: Any, method: str) -> list[str]:
     return [name for name in str(joined).split(",") if name]
 
 
-_LOADERS: dict[str | None, dict[str, Callable[[bytes | Path, Path, int], Session]]] = {
-    None: {".edge": _onnxruntime, ".onnx": _onnxruntime, ".pte": _executorch},
-    "openvino": {".edge": _openvino, ".onnx": _openvino},
-}
+_RUNTIMES: dict[str | None, Callable[[bytes | str, Path, int], Session]] = {None: _onnxruntime, "openvino": _openvino}
 _TORCH_CODES = {
     0: "uint8",
     1: "int8",

@@ -93,6 +93,13 @@ class PostTrainingQuantization(L.Callback):
             )
         self.check(find_network(pl_module, self.network), max_epochs=trainer.max_epochs or 0)
         others = callbacks_of(trainer)
+        network = find_network(pl_module, self.network)
+        twins = [other for other in others if isinstance(other, PostTrainingQuantization)]
+        if sum(find_network(pl_module, other.network) is network for other in twins) > 1:
+            raise ValueError(
+                f"callbacks must quantize a network once, got {len(twins)} PostTrainingQuantization with network="
+                f"{[other.network for other in twins]}: leave one of them out"
+            )
         if any(isinstance(other, QuantizationAwareTraining) for other in others):
             raise ValueError(
                 "callbacks must quantize once, got PostTrainingQuantization beside QuantizationAwareTraining, whose"

@@ -9,8 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_edge.callbacks.base import CompressionCallback, require_agreement
-from lightning_edge.callbacks.inputs import NetworkInputs, training_calls
+from lightning_edge.callbacks.inputs import NetworkInputs, check_has_forward, training_calls
 from lightning_edge.surgery.calibration import calibrate_
+from lightning_edge.surgery.capture import capture, keep_random_state
 from lightning_edge.surgery.captured import WeightBits
 from lightning_edge.surgery.learned_steps import LearnedSteps
 from lightning_edge.surgery.quantization import CapturedNetwork, bits_of_weights, capture_, release_
@@ -108,6 +109,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._inputs = NetworkInputs()
         self._saved: dict[str, Any] = {}
         self._steps: LearnedSteps | None = None
+        self._traced = False
 
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise unless every milestone lies within the fit, and every pattern matches a layer."""
@@ -116,6 +118,7 @@ class QuantizationAwareTraining(CompressionCallback):
             epoch = getattr(self, name)
             if epoch is not None and epoch >= max_epochs:
                 raise ValueError(f"{name} must be below max_epochs={max_epochs:g} (zero-based), got {epoch}")
+        check_has_forward(network)
         bits_of_weights(network, self.weight_bits)
         select_weights(network, exclude=self.keep)
 
@@ -158,6 +161,8 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         """Capture the network before the first batch of ``start_epoch``, and keep to the milestones."""
         epoch = trainer.current_epoch
+        if self._captured is None and epoch < self.start_epoch and not self._traced:
+            self._trace(pl_module, batch)
         if self._captured is None and epoch >= self.start_epoch:
             self._inputs.take_from(pl_module, batch)  # if nothing has run yet: from the first batch on, no sanity check
             self._capture(pl_module)
@@ -206,6 +211,13 @@ class QuantizationAwareTraining(CompressionCallback):
     def _resume(self, pl_module: L.LightningModule) -> None:
         if self._saved and self._captured is None:
             self._capture(pl_module)
+
+    def _trace(self, pl_module: L.LightningModule, batch: Any) -> None:
+        """Refuse a network that cannot be captured at the first batch, not after epochs of training."""
+        self._inputs.take_from(pl_module, batch)
+        with keep_random_state():
+            capture(find_network(pl_module, self.network), self._inputs.example(pl_module.device))
+        self._traced = True
 
     def _capture(self, pl_module: L.LightningModule) -> None:
         network, saved = find_network(pl_module, self.network), self._saved

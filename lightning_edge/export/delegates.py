@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def _pool(graph_module: GraphModule, node: Node) -> None:
     source, kernel, stride, padding, ceil, counts_padding, divisor = (*node.args, *(None,) * 6)[:7]
     kernel = _pair(kernel)
     stride, padding = _pair(stride or kernel), _pair(padding or 0)
-    before = source.meta.get("val") if isinstance(source, Node) else None  # type: ignore[union-attr]
+    before = source.meta.get("val") if isinstance(source, Node) else None
     if ceil or divisor or node.meta["val"].ndim != 4 or (any(padding) and counts_padding is False):
         return
     if tuple(node.meta["val"].shape[2:]) == (1, 1) and before is not None and [*before.shape[2:]] == kernel:
@@ -63,7 +64,8 @@ def _pool(graph_module: GraphModule, node: Node) -> None:
 
 
 def _stride(graph_module: GraphModule, node: Node) -> None:
-    source, axis, start, end, step = (*node.args, *(0, 0, sys.maxsize, 1)[len(node.args) - 1 :])
+    given: list[Any] = [*node.args, *(0, 0, sys.maxsize, 1)[len(node.args) - 1 :]]
+    source, axis, start, end, step = given
     value = node.meta["val"]
     if start not in (0, None) or (end is not None and end < sys.maxsize):
         return

@@ -13,7 +13,7 @@ from lightning_edge.surgery.captured import CapturedNetwork, WeightBits
 from lightning_edge.surgery.fakequant import insert_fake_quantizers_, remove_training_
 from lightning_edge.surgery.pooling import keep_positions_
 from lightning_edge.surgery.quantizers import WEIGHT_BITS
-from lightning_edge.surgery.selection import select_layers
+from lightning_edge.surgery.selection import WEIGHTED, select_layers
 
 __all__ = ["CapturedNetwork", "capture_", "convert", "deployed", "release_"]
 
@@ -89,7 +89,7 @@ def capture_(
 
 
 def bits_of_weights(network: nn.Module, weight_bits: WeightBits) -> dict[str, int]:
-    """Return the bits of each weight, by its name.
+    """Return the bits of each weight of a linear or convolution layer, by its name.
 
     Raises:
         ValueError: If a number of bits is not 8 or 4, or a pattern matches no layer.
@@ -97,12 +97,12 @@ def bits_of_weights(network: nn.Module, weight_bits: WeightBits) -> dict[str, in
     >>> bits_of_weights(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"0": 8, "*": 4})
     {'0.weight': 8, '1.weight': 4}
     """
+    if not any(isinstance(layer, WEIGHTED) for layer in network.modules()):
+        return {}  # refused where the quantizers are inserted
     wanted = {"*": weight_bits} if isinstance(weight_bits, int) else dict(weight_bits)
     for pattern, bits in wanted.items():
         if bits not in WEIGHT_BITS:
             raise ValueError(f"weight_bits must be one of {WEIGHT_BITS}, got {bits!r} for {pattern!r}")
-    if isinstance(weight_bits, int):
-        return {name: weight_bits for name, _ in network.named_parameters()}
     found: dict[str, int] = {}
     for pattern, bits in wanted.items():
         for name in select_layers(network, [pattern], argument="weight_bits"):

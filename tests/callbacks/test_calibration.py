@@ -124,6 +124,8 @@ def test_what_cannot_work_is_refused(fit, tmp_path):
         fit(PostTrainingQuantization(keep=["fc9"]))
     with pytest.raises(ValueError, match="before ExportArtifacts, got the other order"):
         fit(ExportArtifacts(tmp_path / "out", formats=["onnx"]), PostTrainingQuantization())
+    with pytest.raises(ValueError, match="callbacks must quantize a network once, got 2 PostTrainingQuantization"):
+        fit(PostTrainingQuantization(), PostTrainingQuantization(network="model"))
     with pytest.raises(ValueError, match="callbacks must quantize once"):
         fit(PostTrainingQuantization(), QuantizationAwareTraining(1))
 

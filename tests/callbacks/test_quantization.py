@@ -201,8 +201,14 @@ def test_a_network_that_cannot_be_captured_is_named(fit, task_class):
 
             self.model.append(Branch())
 
-    with pytest.raises(ValueError, match="Sequential cannot be captured as a graph.*torch.where"):
-        fit(QuantizationAwareTraining(0), task=Branching())
+        def on_before_zero_grad(self, optimizer):
+            steps.append(1)
+
+    steps = []
+    for start_epoch in (0, 3):
+        with pytest.raises(ValueError, match="Sequential cannot be captured as a graph in layer '8' at .*torch.where"):
+            fit(QuantizationAwareTraining(start_epoch), task=Branching())
+    assert steps == []  # said before the first step, whenever quantization begins
 
 
 @pytest.mark.parametrize(
