@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class CapturedNetwork:
     @property
     def observers(self) -> dict[str, Quantizer]:
         """The fake quantizers: a weight's has the name of the parameter, an activation's that of its operator."""
-        return {name: self.graph_module.get_submodule(path) for name, path in self._observers.items()}
+        return {name: cast(Quantizer, self.graph_module.get_submodule(path)) for name, path in self._observers.items()}
 
     @property
     def rounding(self) -> bool:

@@ -265,10 +265,12 @@ def _rounded(weight: Tensor, quantizer: WeightQuantizer, around: tuple[float, fl
 
 def _steps_around_weights(graph_module: GraphModule) -> dict[str, tuple[float, float]]:
     """Return the steps of the input and the output of each layer that has both, by the path of its quantizer."""
-    return {
-        weight: tuple(float(tensor_at(graph_module, f"{path}.scale")) for path in (data, output))
-        for data, weight, output in requantized(graph_module, {})
-    }
+    found = requantized(graph_module, {})
+    return {weight: (_scale_at(graph_module, data), _scale_at(graph_module, out)) for data, weight, out in found}
+
+
+def _scale_at(graph_module: GraphModule, path: str) -> float:
+    return float(tensor_at(graph_module, f"{path}.scale"))
 
 
 def _round_bias(graph_module: GraphModule, layer: Node) -> None:

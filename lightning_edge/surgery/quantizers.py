@@ -15,7 +15,7 @@ WEIGHT_BITS = (8, 4)
 _CLIPS = torch.linspace(0.3, 1.0, 71)
 
 
-class WeightQuantizer(FakeQuantize):
+class WeightQuantizer(FakeQuantize):  # type: ignore[misc]  # torchao has no types
     """Rounds a weight to signed integers, symmetric, with a step for each output channel.
 
     The step is the channel's largest magnitude of the moment, times ``exp(log_clip)``, over the largest integer: it
@@ -66,16 +66,18 @@ class WeightQuantizer(FakeQuantize):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return steps and zero points, of shape (channels,), of the ranges last seen."""
         scale, zero_point = super().calculate_qparams()
-        return scale * self.log_clip.exp(), zero_point
+        return self.log_clip.exp() * scale, zero_point
 
     @torch.no_grad()
     def steps_of(self, weight: Tensor) -> Tensor:
         """Return the steps, shape (channels,), that this weight is rounded with."""
-        return (self.scale if self.fixed else self._steps(weight)).detach().clone()
+        steps: Tensor = self.scale if self.fixed else self._steps(weight)
+        return steps.detach().clone()
 
     def _steps(self, weight: Tensor) -> Tensor:
         largest = weight.abs().flatten(1).amax(1)
-        return (largest * self.log_clip.exp() / self.quant_max).clamp(min=torch.finfo(torch.float32).eps)
+        steps: Tensor = largest * self.log_clip.exp() / self.quant_max
+        return steps.clamp(min=torch.finfo(torch.float32).eps)
 
     def _store(self, weight: Tensor, scale: Tensor) -> None:
         low, high = torch.aminmax(weight.flatten(1), dim=1)
@@ -102,7 +104,7 @@ class WeightQuantizer(FakeQuantize):
         return clip
 
 
-class ActivationQuantizer(FusedMovingAvgObsFakeQuantize):
+class ActivationQuantizer(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
     """Rounds an activation to int8, with a moving average of the ranges seen in training.
 
     The step is that of the range times ``exp(log_clip)``, with the same zero point.
@@ -126,15 +128,17 @@ class ActivationQuantizer(FusedMovingAvgObsFakeQuantize):
     def forward(self, values: Tensor) -> Tensor:
         """Return the rounded activation, of its own type: under autocast ranges and rounding are those of float32."""
         wide = values.float()
+        rounded: Tensor
         if self.fixed:  # the fused operator computes the scale anew from the range at every call
-            return FakeQuantize.forward(self, wide).to(values.dtype)
-        rounded = self._learning(wide) if self.learned else super().forward(wide)
+            rounded = FakeQuantize.forward(self, wide)
+        else:
+            rounded = self._learning(wide) if self.learned else super().forward(wide)
         return rounded.to(values.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return step and zero point, of shape (1,), of the range and the clip as they are now."""
         scale, zero_point = super().calculate_qparams()
-        return scale * self.log_clip.exp(), zero_point
+        return self.log_clip.exp() * scale, zero_point
 
     def _learning(self, values: Tensor) -> Tensor:
         if self.observer_enabled[0] == 1:
