@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from lightning_edge.export.delegates import use_delegated_operators_
 from lightning_edge.export.signature import flatten_
@@ -74,8 +74,14 @@ def _lower(
         program = torch.export.export(graph_module, inputs, dynamic_shapes=shapes)
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
         nodes = [node for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
-        left = sorted({node.target.name() for node in nodes if hasattr(node.target, "_schema")} - {_SIZE})
-        return bytes(lowered.to_executorch().buffer), left
+        left = {node.target.name() for node in nodes if hasattr(node.target, "_schema") and not _is_number(node)}
+        return bytes(lowered.to_executorch().buffer), sorted(left - {_SIZE})
+
+
+def _is_number(node: Node) -> bool:
+    """Whether this makes a single number, as 3 * x does of its 3: it costs nothing."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim == 0
 
 
 @contextmanager

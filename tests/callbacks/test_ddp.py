@@ -51,4 +51,5 @@ def test_a_file_that_disagrees_raises_on_both_ranks(tmp_path):
     assert ranks == []
     assert errors.count("ArtifactMismatchError") >= 2
     assert time.monotonic() - start < 60
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.rejected.edge"]
+    kept = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert kept == ["model.rejected.edge", "model.rejected.edge.json"]

@@ -45,7 +45,13 @@ def test_json_holds_every_number(report, tmp_path):
     assert edge["error"]["wrong"] == 8
     assert edge["error"]["error_percent"] == pytest.approx(100 * 8 / 599)
     assert edge["energy"]["joules"] == report.artifacts[0].energy.joules
-    assert edge["verified"] == {"rows": 180, "agreeing": 180, "largest_difference": 2e-6}
+    assert edge["verified"] == {
+        "rows": 180,
+        "agreeing": 180,
+        "largest_difference": 2e-6,
+        "right": None,
+        "right_as_trained": None,
+    }
     assert edge["latency"]["threads"] == 1
     assert document["artifacts"][1]["verified"] is None
     assert document["history"][2] == {
