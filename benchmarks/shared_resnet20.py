@@ -25,7 +25,7 @@ from lightning_edge.models import ResNet20
 from lightning_edge.surgery.batchnorm_folding import fold_batch_norms_
 
 ALONE = (0.01, 0.02, 0.03, 0.04, 0.055)
-TUNED = (0.01, 0.02, 0.04, 0.055, 0.1, 0.12)
+TUNED = (0.005, 0.01, 0.02, 0.04, 0.055, 0.1, 0.12)
 EPOCHS, CLUSTERS = 3, 64
 EXAMPLE = (torch.zeros(2, 3, 32, 32),)
 NORMS = {"apart": (False, False), "apart, a scale per channel": (False, True), "folded": (True, False)}
