@@ -132,7 +132,7 @@ def share_weights_(  # noqa: PLR0913 - every option once, by keyword
     this is far nearer to the weights than fewer clusters are. Give many clusters (64, 256); the rate leaves as many as
     are worth it. Useful rates are 0.005 (a layer of normal weights keeps 4.7 bits each) to 0.1 (2.2). The rate of a
     file of so many bytes is found by ``export.byte_budget.share_weights_within_``; batch norms can be folded before, by
-    ``surgery.batchnorm_folding.fold_batch_norms_``. What the starts come to is a table of ``benchmarks/RESULTS.md``.
+    ``fold_batch_norms_``. What the starts come to is a table of ``benchmarks/RESULTS.md``.
 
     Args:
         module: The network; its selected weights are changed in place.
