@@ -124,8 +124,9 @@ def share_weights_(  # noqa: PLR0913 - every option once, by keyword
 
     Weights that are exactly zero stay zero and are no part of the clustering: a layer of a pruned network ends with at
     most k + 1 distinct values. Beyond the weights it takes the codes and, where zeros are left out, what is not zero
-    once and its codes: at most twice the size of the largest layer, whatever k. ``importance`` takes a copy of it more,
-    ``channel_scale`` two, ``block`` up to two.
+    once and its codes: at most twice the size of the largest layer, whatever k. Without zeros that also holds for
+    ``importance``, ``channel_scale`` or ``block`` alone, up to 20 MB of tables aside; more of these together, and zeros
+    with them, take up to a copy more for each.
 
     A packed file is entropy-coded, so bytes follow from how often each value is taken, not from k. With a ``rate`` a
     weight takes the value of least squared error + rate x code length (Chou, Lookabaugh, Gray 1989): at equal bytes
