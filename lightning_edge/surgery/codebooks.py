@@ -183,6 +183,6 @@ def checked_importance(weights: Mapping[str, Tensor], importance: Mapping[str, T
         if not (low >= 0 and high < float("inf")):
             raise ValueError(f"importance must be finite and >= 0, got another number for {name!r}")
     flat = [importance[name].detach().reshape(-1) for name in weights]
-    total = sum(float(part.double().sum()) for heed in flat for part in heed.split(_USUAL_SIZE))
+    total = sum(float(heed[part].double().sum()) for heed in flat for part in chunks(heed))
     least = _LEAST_IMPORTANCE * total / max(sum(weight.numel() for weight in weights.values()), 1)
     return FlooredImportance({name: importance[name] for name in weights}, least)
