@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "channel_scale": {"channel_scale": True},
     "channel_scale, rate 0.02": {"channel_scale": True, "rate": 0.02},
     "block 2": {"block": 2},
+    "block 4": {"block": 4},
 }
 
 

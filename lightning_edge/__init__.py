@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_edge.export import export
     from lightning_edge.modules.distillation import DistillationModule
     from lightning_edge.modules.distillation_terms import DistillationTerm
+    from lightning_edge.surgery.batchnorm_folding import fold_batch_norms_
     from lightning_edge.surgery.batchnorm_statistics import reestimate_batch_norms_
     from lightning_edge.surgery.bias_correction import correct_bias_
     from lightning_edge.surgery.channels import slim_channels_
@@ -55,6 +56,7 @@ __all__ = [
     "correct_bias_",
     "equalize_",
     "export",
+    "fold_batch_norms_",
     "layers_to_keep",
     "load_artifact",
     "load_widths_",
@@ -83,6 +85,7 @@ _HOMES = {
     "WeightSharing": "callbacks.sharing",
     "correct_bias_": "surgery.bias_correction",
     "equalize_": "surgery.equalization",
+    "fold_batch_norms_": "surgery.batchnorm_folding",
     "layers_to_keep": "surgery.quantization_sensitivity",
     "load_artifact": "artifact",
     "load_widths_": "surgery.widths",

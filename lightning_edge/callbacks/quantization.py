@@ -69,8 +69,8 @@ class QuantizationAwareTraining(CompressionCallback):
         seed: int = 0,
         network: str | None = None,
     ) -> None:
-        if calibration_batches < 0:
-            raise ValueError(f"calibration_batches must be >= 0, got {calibration_batches}")
+        if not isinstance(calibration_batches, int) or calibration_batches < 0:
+            raise ValueError(f"calibration_batches must be a whole number >= 0, got {calibration_batches}")
         if start_epoch < 0:
             raise ValueError(f"start_epoch must be >= 0, got {start_epoch}")
         for name, epoch in (("quantize_epoch", quantize_epoch), ("freeze_batch_norm_epoch", freeze_batch_norm_epoch)):
@@ -254,8 +254,7 @@ class QuantizationAwareTraining(CompressionCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradients)
             gradients /= torch.distributed.get_world_size()
-        group = optimizer.param_groups[0]
-        self._steps.update(gradients, factor=float(group["lr"] / group.get("initial_lr", group["lr"])))
+        self._steps.update(gradients, factor=_schedule(optimizer))
 
     def _synchronize(self, trainer: L.Trainer) -> None:
         """Take the smallest minimum and the largest maximum of all ranks, which see different data."""
@@ -266,3 +265,10 @@ class QuantizationAwareTraining(CompressionCallback):
         torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX)
         self._captured.set_ranges(low, high)
         require_agreement(trainer, self._captured.observer_state().values(), what="the ranges of the observers")
+
+
+def _schedule(optimizer: Optimizer) -> float:
+    """Return how far the learning rates have come down, in [0, 1]; schedules that begin low do not go above 1."""
+    rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups]
+    rate, initial = max(rates, key=lambda pair: pair[1])
+    return min(rate / initial, 1.0) if initial > 0 else 1.0

@@ -18,7 +18,7 @@ from lightning_edge.callbacks.base import (
     stepped,
 )
 from lightning_edge.callbacks.inputs import NetworkInputs
-from lightning_edge.callbacks.sharing_options import check_budget, check_training
+from lightning_edge.callbacks.sharing_options import check_budget, check_training, epochs_of
 from lightning_edge.export.byte_budget import constant_bytes, file_bytes, record_bytes, share_within
 from lightning_edge.functional.sharing import Init
 from lightning_edge.surgery.codebooks import Codebooks
@@ -108,9 +108,7 @@ class WeightSharing(CompressionCallback):
         network: str | None = None,
     ) -> None:
         self.clusters = resolve_clusters(clusters, bits)
-        self.at_epochs = tuple(sorted(set(at_epochs)))
-        if not self.at_epochs or self.at_epochs[0] < 0:
-            raise ValueError(f"at_epochs must name at least one epoch >= 0, got {list(at_epochs)}")
+        self.at_epochs = epochs_of(at_epochs)
         self.books = Codebooks(init, channel_scale, rate, group_channels, block)
         self.books.check_clusters(self.clusters)
         check_training(self.at_epochs, self.books, gradient, importance, reassign_every, freeze_epoch)

@@ -9,6 +9,22 @@ GRADIENTS = ("mean", "sum")
 IMPORTANCES = ("none", "gradients")
 
 
+def epochs_of(at_epochs: Sequence[int]) -> tuple[int, ...]:
+    """Return the epochs of the clusterings, each once, in order.
+
+    Raises:
+        ValueError: Unless they are a list of at least one whole number >= 0.
+
+    >>> epochs_of([4, 2])
+    (2, 4)
+    """
+    if isinstance(at_epochs, int | float | str):
+        raise ValueError(f"at_epochs must be a list of epochs, got {at_epochs!r}: write [{at_epochs}]")
+    if not at_epochs or not all(_is_whole(epoch) and epoch >= 0 for epoch in at_epochs):
+        raise ValueError(f"at_epochs must name at least one epoch >= 0, a whole number, got {list(at_epochs)}")
+    return tuple(sorted(set(at_epochs)))
+
+
 def check_training(
     at_epochs: Sequence[int],
     books: Codebooks,
@@ -36,15 +52,15 @@ def check_training(
         _check_reassignment(books, gradient, reassign_every, freeze_epoch)
     elif freeze_epoch is not None:
         raise ValueError(f"freeze_epoch must be None without reassign_every, got {freeze_epoch}: the codes stay anyway")
-    if freeze_epoch is not None and freeze_epoch <= at_epochs[-1]:
+    if freeze_epoch is not None and not (_is_whole(freeze_epoch) and freeze_epoch > at_epochs[-1]):
         raise ValueError(
-            f"freeze_epoch must be above the last of at_epochs, {at_epochs[-1]}, got {freeze_epoch}: codes are trained"
-            " from a clustering on"
+            f"freeze_epoch must be a whole number above the last of at_epochs, {at_epochs[-1]}, got {freeze_epoch}:"
+            " codes are trained from a clustering on"
         )
 
 
 def _check_reassignment(books: Codebooks, gradient: str, reassign_every: int, freeze_epoch: int | None) -> None:
-    if isinstance(reassign_every, bool) or not isinstance(reassign_every, int) or reassign_every < 1:
+    if not _is_whole(reassign_every) or reassign_every < 1:
         raise ValueError(
             f"reassign_every must be a whole number >= 1 of optimizer steps, or None, got {reassign_every!r}"
         )
@@ -79,3 +95,7 @@ def check_budget(max_bytes: int | None, books: Codebooks, reassign_every: int | 
             f"max_bytes must be None with reassign_every and no freeze_epoch, got {max_bytes}: codes that change to the"
             " end change the size; give a freeze_epoch"
         )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -197,7 +197,7 @@ def constant_bytes(network: nn.Module, shared: Mapping[str, Tensor]) -> int:
     """Return what the constant tensors of a network, norms and biases to begin with, may take once they are trained."""
     others = (tensor for name, tensor in network.state_dict().items() if name not in shared)
     return sum(
-        2 * tensor.numel() for tensor in others if tensor.numel() > 1 and bool((tensor == tensor.view(-1)[0]).all())
+        2 * tensor.numel() for tensor in others if tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
     )
 
 

@@ -87,6 +87,7 @@ def assign_1d(
     bits: Tensor | None = None,
     rate: float = 0.0,
     weights: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return the cheapest centroid of each value: the least ``weight * (value - centroid)**2 + rate * bits``.
 
@@ -100,6 +101,7 @@ def assign_1d(
         bits: Code length of each centroid, shape (k,), as :func:`code_lengths` returns it; None: nearest centroid.
         rate: Price of one bit in the unit of the weighted squared error, >= 0.
         weights: Importance of each value, >= 0, shape of ``values``; all zero counts as all equal.
+        out: Where the indices go, int32 and contiguous, shape of ``values``; None: a new tensor.
 
     Returns:
         int32 indices into ``centroids``, shape of ``values``.
@@ -118,7 +120,7 @@ def assign_1d(
     table = centroids.detach().cpu().double().numpy()
     lengths = np.zeros(len(table)) if bits is None else bits.detach().cpu().double().numpy()
     flat = values.detach().flatten()
-    codes = torch.empty(flat.shape, dtype=torch.int32, device=flat.device)
+    codes = torch.empty(flat.shape, dtype=torch.int32, device=flat.device) if out is None else out.view(-1)
     if weights is None or rate == 0.0 or bits is None:
         regions = _Regions(table, rate * lengths, flat, lookup=flat.numel() >= _CPU_CHUNK and not flat.is_cuda)
         for part in chunks(flat):
@@ -149,7 +151,8 @@ def check_rate(rate: float) -> None:
 class Importance:
     """The weights of a weighted k-means, relative to the largest and with a floor, read in chunks.
 
-    The floor of 2**-32 keeps every mean defined: a cluster of weights that are all zero has its plain mean.
+    The floor of 2**-32 keeps every mean defined: a cluster of weights that are all zero has its plain mean. Weights
+    that one number for each row was expanded to are never copied.
     """
 
     def __init__(self, weights: Tensor, values: Tensor) -> None:
@@ -157,8 +160,11 @@ class Importance:
             raise ValueError(
                 f"weights must have the shape of values, {tuple(values.shape)}, got {tuple(weights.shape)}"
             )
-        self._flat = weights.detach().flatten()
-        low, high = (float(bound) for bound in self._flat.aminmax()) if self._flat.numel() else (0.0, 0.0)
+        by_row = weights.dim() > 1 and not any(weights.stride()[1:])
+        self._columns = weights[0].numel() if by_row and len(weights) else 1
+        self._numbers = weights.detach().flatten(1)[:, 0] if self._columns > 1 else weights.detach().flatten()
+        self._all = self._numbers[:1].expand(weights.numel())  # no memory: what chunks are counted of
+        low, high = (float(bound) for bound in self._numbers.aminmax()) if weights.numel() else (0.0, 0.0)
         if not (low >= 0.0 and high < float("inf")):
             raise ValueError(f"weights must be finite and >= 0, got values from {low} to {high}")
         self.largest = high or 1.0
@@ -166,8 +172,15 @@ class Importance:
 
     def __call__(self, part: slice) -> Tensor:
         """Return the importance of a part, float64, from 2**-32 to 1."""
-        chunk = self._flat[part].double()
+        chunk = self._read(part).double()
         return (chunk / self.largest).clamp_(min=_LEAST_IMPORTANCE) if self._known else torch.ones_like(chunk)
+
+    def _read(self, part: slice) -> Tensor:
+        if self._columns == 1:
+            return self._numbers[part]
+        start, stop, _ = part.indices(len(self._all))
+        rows = torch.arange(start, stop, device=self._numbers.device) // self._columns
+        return self._numbers.index_select(0, rows)
 
     @staticmethod
     def classes(importance: Tensor) -> Tensor:
@@ -176,8 +189,8 @@ class Importance:
 
     def class_means(self) -> dict[int, float]:
         """Return the mean importance of every class that occurs."""
-        counts, sums = torch.zeros(2, IMPORTANCE_CLASSES, dtype=torch.float64, device=self._flat.device)
-        for part in chunks(self._flat):
+        counts, sums = torch.zeros(2, IMPORTANCE_CLASSES, dtype=torch.float64, device=self._numbers.device)
+        for part in chunks(self._all):
             importance = self(part)
             number = self.classes(importance)
             add_by(counts, number)

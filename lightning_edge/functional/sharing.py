@@ -100,7 +100,7 @@ def kmeans_1d(
     if rate > 0.0:
         price = rate if importance is None else rate / importance.largest
         centroids, lengths = (torch.from_numpy(found) for found in rate_aware(cells, start, price))
-        codes = assign_1d(flat, centroids, bits=lengths, rate=rate, weights=weights)
+        codes = assign_1d(values, centroids, bits=lengths, rate=rate, weights=weights).view(-1)
     else:
         centroids = torch.from_numpy(_lloyd(points, mass, start))
         codes = assign_1d(flat, centroids)

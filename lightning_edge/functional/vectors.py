@@ -25,7 +25,7 @@ def kmeans_vectors(
 
     Lloyd's algorithm from a k-means++ start (Arthur and Vassilvitskii 2007; among at most 32,768 vectors or four per
     cluster, drawn at random). A cluster that runs empty is put on one of the vectors of the largest error. Memory
-    beyond ``values``: three numbers of four bytes for each vector, and about 20 MB.
+    beyond ``values``: two numbers of four bytes for each vector, and about 20 MB.
 
     Args:
         values: Finite numbers, shape (n, block), not empty.
@@ -51,12 +51,12 @@ def kmeans_vectors(
     if values.dim() != 2 or values.numel() == 0:
         raise ValueError(f"values must be of shape (n, block), not empty, got {tuple(values.shape)}")
     blocks = _Blocks(values, weights)
-    centroids, codes = _start(values, weights, clusters, generator), torch.empty(0, dtype=torch.int32)
+    centroids = _start(values, weights, clusters, generator)
+    codes = torch.full((len(values),), -1, dtype=torch.int32, device=values.device)
     for left in reversed(range(iterations)):
-        nearest, errors = blocks.assign(centroids)
-        if torch.equal(nearest, codes.to(nearest.device)):
+        changed, errors = blocks.assign_(codes, centroids)
+        if not changed:
             break
-        codes = nearest
         centroids, used = blocks.means(codes, len(centroids))
         empty = (~used).nonzero().flatten()
         if left and len(empty):
@@ -75,13 +75,12 @@ class _Blocks:
         if not all(bool(self._values[rows].isfinite().all()) for rows in chunks(self._values)):
             raise ValueError("values must be finite, got an infinite value or NaN: the network has diverged")
 
-    def assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the nearest centroid of every vector, and its squared error.
+    def assign_(self, codes: Tensor, centroids: Tensor) -> tuple[bool, Tensor]:
+        """Give every vector the code of its nearest centroid; return if any changed, and the squared errors.
 
         The products have two to four terms, which every kernel adds up in one order: threads change nothing.
         """
-        count = len(self._values)
-        codes = torch.empty(count, dtype=torch.int32, device=self._values.device)
+        count, changed = len(self._values), False
         errors = torch.empty(count, dtype=self._dtype, device=self._values.device)
         squares = centroids.square()
         lengths = squares.sum(1)
@@ -95,9 +94,11 @@ class _Blocks:
             else:
                 distance = torch.addmm(weight @ squares.T, weight * value, centroids.T, alpha=-2.0)
                 own = (weight * value.square()).sum(1)
-            least, codes[part] = distance.min(1)
+            least, nearest = distance.min(1)
+            changed |= bool((codes[part] != nearest).any())
+            codes[part] = nearest
             errors[part] = least + own
-        return codes, errors
+        return changed, errors
 
     def means(self, codes: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         """Return the weighted mean of every cluster, and which clusters hold any vector."""

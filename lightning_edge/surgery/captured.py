@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map
 from lightning_edge.surgery.batchnorm import fold_, scale_and_shift_
 from lightning_edge.surgery.calls import arguments_of, as_arguments
 from lightning_edge.surgery.capture import ModeLiteral, copy_graph, set_literal, tensor_at, training_flags
+from lightning_edge.surgery.conversion import replace_fake_quantizers_
 from lightning_edge.surgery.exact_scales import odd_multiples, odd_requantization
-from lightning_edge.surgery.fakequant import replace_fake_quantizers_, requantized
+from lightning_edge.surgery.fakequant import requantized
 from lightning_edge.surgery.quantizers import Quantizer
 from lightning_edge.surgery.taps import remove_taps_
 

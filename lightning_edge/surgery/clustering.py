@@ -98,15 +98,19 @@ def _cluster_rows_(
     """
     flat = weight.contiguous().view(-1)
     codes: Tensor | None = None
-    heed = None if importance is None else importance.reshape(-1)
     zero = price > 0 and _live(flat) == flat.numel()
     inertia = 0.0
     for number, part in enumerate(segments(weight, books.group_channels)):
-        values, own, first = flat[part], None if heed is None else heed[part], 1 + number * clusters
+        values, first = flat[part], 1 + number * clusters
         count = _live(values)
         if count == 0:
             continue
         whole = count == len(values)
+        own = importance
+        if own is not None and (zero or not whole or len(values) < own.numel()):
+            own = own.reshape(-1)[part]
+        elif own is not None:  # read as it is, so that rows of one importance take no memory
+            values = values.view(own.shape)
         centroids, found = kmeans_1d(
             values if whole else _compact(values, values, count),
             clusters,
@@ -121,6 +125,7 @@ def _cluster_rows_(
             centroids, found = better
             numbers = torch.cat([numbers.new_zeros(1), first + numbers.new_tensor(range(len(centroids) - 1))])
             del better
+        values, found = values.view(-1), found.view(-1)
         if codes is None:  # where the centroids' numbers are those of all weights, codes take their place
             codes = found.view(weight.shape) if len(found) == weight.numel() else _no_codes(weight)
         inertia += _write_(values, codes.view(-1)[part], found, centroids, numbers)
@@ -140,11 +145,11 @@ def _cluster_scaled(
     """Return codes and the scales of the rows; the weight is left as it is."""
     scales = _root_mean_squares(weight)
     column = by_row(scales, weight)
-    unit, heed = (weight / column).contiguous(), column.square().expand(weight.shape)
-    heed = heed.contiguous() if importance is None else heed * importance
+    unit = (weight / column).contiguous()
+    heed = (column.square() if importance is None else column.square() * importance).expand(weight.shape)
     codes, _ = _cluster_rows_(unit, clusters, books, price, heed, generator)
     values = codebook_of(unit, codes)
-    del unit, heed  # each takes as much as the weights
+    del unit, heed  # the first takes as much as the weights, the second too where each weight has its importance
     for _ in range(_ROUNDS):
         assign_codes_(codes, values, weight, scales, books, price, importance)
         values = codebook_of(weight, codes, scales, importance=importance)

@@ -1,6 +1,6 @@
 """What the codebooks of shared weights are like, and what a bit costs in the error of a layer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -134,21 +134,38 @@ def prices(
 
 
 def relative_importance(weight: Tensor) -> Tensor:
-    """Return the importance by which errors count relative to the channel that they are in, in the weight's shape.
+    """Return the importance by which errors count relative to the channel that they are in, one for each row.
 
     A batch norm behind a layer takes the scale of each channel away: an error of a tenth is as bad in all of them. The
     mean of importance * weight**2 is that of weight**2.
 
     >>> relative_importance(Tensor([[1.0, 1.0], [3.0, 3.0]]))
-    tensor([[5.0000, 5.0000],
-            [0.5556, 0.5556]])
+    tensor([[5.0000],
+            [0.5556]])
     """
     squares = torch.stack([row.double().square().mean() for row in weight.detach().flatten(1)])
     relative = squares.mean() / squares.clamp(min=1e-6 * float(squares.mean()) + 1e-45)
-    return relative.float().view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape)
+    return relative.float().view(-1, *[1] * (weight.dim() - 1))
 
 
-def checked_importance(weights: Mapping[str, Tensor], importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class FlooredImportance(Mapping[str, Tensor]):
+    """The importance of each weight, none below ``least``; that of a layer is made when it is asked for."""
+
+    given: Mapping[str, Tensor]
+    least: float
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.given[name].detach().clamp(min=self.least)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+
+def checked_importance(weights: Mapping[str, Tensor], importance: Mapping[str, Tensor]) -> FlooredImportance:
     """Return the importance of each weight, none below a millionth of the mean over all layers.
 
     Raises:
@@ -162,8 +179,10 @@ def checked_importance(weights: Mapping[str, Tensor], importance: Mapping[str, T
         if heed is None or heed.shape != weight.shape:
             found = "none" if heed is None else f"one of shape {tuple(heed.shape)}"
             raise ValueError(f"importance must have the shape {tuple(weight.shape)} for {name!r}, got {found}")
-        if not bool((heed >= 0).all() & heed.isfinite().all()):
+        low, high = (float(bound) for bound in heed.aminmax()) if heed.numel() else (0.0, 0.0)
+        if not (low >= 0 and high < float("inf")):
             raise ValueError(f"importance must be finite and >= 0, got another number for {name!r}")
-    total = sum(float(importance[name].double().sum()) for name in weights)
+    flat = [importance[name].detach().reshape(-1) for name in weights]
+    total = sum(float(heed[part].double().sum()) for heed in flat for part in chunks(heed))
     least = _LEAST_IMPORTANCE * total / max(sum(weight.numel() for weight in weights.values()), 1)
-    return {name: importance[name].detach().clamp(min=least) for name in weights}
+    return FlooredImportance({name: importance[name] for name in weights}, least)

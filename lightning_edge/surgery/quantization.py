@@ -10,7 +10,8 @@ from torch.fx import GraphModule
 from lightning_edge.surgery.batchnorm import scale_and_shift_, scale_weights_
 from lightning_edge.surgery.capture import capture, export_graph, keep_random_state
 from lightning_edge.surgery.captured import CapturedNetwork, WeightBits
-from lightning_edge.surgery.fakequant import insert_fake_quantizers_, remove_training_
+from lightning_edge.surgery.conversion import remove_training_
+from lightning_edge.surgery.fakequant import insert_fake_quantizers_
 from lightning_edge.surgery.pooling import keep_positions_
 from lightning_edge.surgery.quantizers import WEIGHT_BITS
 from lightning_edge.surgery.selection import WEIGHTED, select_layers

@@ -201,7 +201,6 @@ def assign_codes_(
     if importance is not None and price:  # who pays nothing for bits takes the nearest, however important
         heed = importance if heed is None else heed * importance
     flat, index = target.reshape(-1), codes.view(-1)
-    heed = None if heed is None else heed.reshape(-1)
     dense = int(torch.count_nonzero(flat)) == flat.numel()
     for part in segments(target, books.group_channels):
         live = slice(None) if dense else flat[part] != 0
@@ -217,12 +216,14 @@ def assign_codes_(
             table[known],
             bits=lengths,
             rate=price,
-            weights=None if heed is None else heed[part][live],
+            weights=None if heed is None else heed.reshape(-1)[part][live],
+            out=own if dense else None,  # counted above, and not read again
         )
         numbers = known.to(torch.int32)
         for some in chunks(found):
             found[some] = numbers[found[some]]
-        index[part][live] = found
+        if not dense:
+            index[part][live] = found
 
 
 def code_entropy(codes: Tensor, block: int = 1) -> float:

@@ -124,15 +124,16 @@ def share_weights_(  # noqa: PLR0913 - every option once, by keyword
 
     Weights that are exactly zero stay zero and are no part of the clustering: a layer of a pruned network ends with at
     most k + 1 distinct values. Beyond the weights it takes the codes and, where zeros are left out, what is not zero
-    once and its codes: at most twice the size of the largest layer, whatever k. ``importance`` takes a copy of it more,
-    ``channel_scale`` two, ``block`` up to two.
+    once and its codes: at most twice the size of the largest layer, whatever k. Without zeros that also holds for
+    ``importance``, ``channel_scale`` or ``block`` alone, up to 20 MB of tables aside; more of these together, and zeros
+    with them, take up to a copy more for each.
 
     A packed file is entropy-coded, so bytes follow from how often each value is taken, not from k. With a ``rate`` a
     weight takes the value of least squared error + rate x code length (Chou, Lookabaugh, Gray 1989): at equal bytes
     this is far nearer to the weights than fewer clusters are. Give many clusters (64, 256); the rate leaves as many as
     are worth it. Useful rates are 0.005 (a layer of normal weights keeps 4.7 bits each) to 0.1 (2.2). The rate of a
     file of so many bytes is found by ``export.byte_budget.share_weights_within_``; batch norms can be folded before, by
-    ``surgery.batchnorm_folding.fold_batch_norms_``. What the starts come to is a table of ``benchmarks/RESULTS.md``.
+    ``fold_batch_norms_``. What the starts come to is a table of ``benchmarks/RESULTS.md``.
 
     Args:
         module: The network; its selected weights are changed in place.

@@ -365,12 +365,13 @@ def test_a_hostile_header_is_refused(program):
         header(),
         header(entry, entry),
         header(struct.pack("<BII", TENSORS, 0xFFFFFFFF, 0)),
+        header(struct.pack("<BII", META, 0xFFFFFFFF, 0), entry),
         header(entry, count=255),
         header(entry, more=b"!"),
         header(entry),
     ]
     statuses = [status for _, status in c.run(program, files)]
-    assert statuses == [c.NO_EDGE, *[c.DAMAGED] * 5, c.END]
+    assert statuses == [c.NO_EDGE, *[c.DAMAGED] * 6, c.END]
 
 
 def test_small_streams_take_a_small_workspace(program):
@@ -407,6 +408,6 @@ def test_the_decoder_stays_short_and_depends_on_nothing():
         assert set(re.findall(r'#include ([<"].*[>"])', text)) <= known
         assert max(map(len, text.splitlines())) <= 120
         code = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
-        lines[name] = sum(1 for line in code.splitlines() if line.strip())
+        lines[name] = len(text.splitlines())
         assert not {"malloc", "calloc", "alloca", "free", "goto"} & set(re.findall(r"\w+", code))
-    assert lines == {"edge_decode.h": 47, "edge_decode.c": 502}  # of code: no comments, no empty lines
+    assert lines == {"edge_decode.h": 80, "edge_decode.c": 549}  # comments and empty lines too: a change is to be seen

@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 
 from lightning_edge import QuantizationAwareTraining, WeightPruning, load_artifact
+from lightning_edge.callbacks.quantization import _schedule
 from lightning_edge.export import export
 from lightning_edge.surgery.quantization import CapturedNetwork, capture_, convert
 
@@ -140,6 +141,20 @@ def test_every_milestone_resumes_exactly(fit, tmp_path, epoch):
     assert same(weights_of(whole.model), weights_of(resumed.model))
 
 
+@pytest.mark.parametrize(
+    ("groups", "factor"),
+    [
+        ([{"lr": 0.05, "initial_lr": 0.1}], 0.5),
+        ([{"lr": 1.0, "initial_lr": 0.04}], 1.0),  # one that begins low, as OneCycleLR does
+        ([{"lr": 0.0}, {"lr": 0.1, "initial_lr": 0.4}], 0.25),  # a group that stands still
+        ([{"lr": 0.0}], 1.0),
+    ],
+)
+def test_steps_follow_the_schedule_down_and_never_up(groups, factor):
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], **group} for group in groups])
+    assert _schedule(optimizer) == factor
+
+
 def test_accumulated_gradients_step_the_steps_with_the_weights(fit):
     class Steps(Callback):
         def __init__(self):
@@ -241,7 +256,8 @@ def test_zeros_stay_zeros_in_four_bits(fit):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"calibration_batches": -1}, "calibration_batches must be >= 0, got -1"),
+        ({"calibration_batches": -1}, "calibration_batches must be a whole number >= 0, got -1"),
+        ({"calibration_batches": 2.5}, "calibration_batches must be a whole number >= 0, got 2.5"),
         ({"quantize_epoch": 1}, "quantize_epoch must be at least start_epoch=2, got 1"),
         ({"freeze_batch_norm_epoch": 1}, "freeze_batch_norm_epoch must be at least start_epoch=2, got 1"),
     ],

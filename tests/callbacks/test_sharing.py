@@ -99,6 +99,15 @@ def test_a_fit_that_ends_early_raises(fit):
     [
         ({"clusters": 4, "at_epochs": []}, "at_epochs must name at least one epoch >= 0"),
         ({"clusters": 4, "at_epochs": [-1]}, "at_epochs must name at least one epoch >= 0"),
+        (
+            {"clusters": 4, "at_epochs": [0.5]},
+            r"at_epochs must name at least one epoch >= 0, a whole number, got \[0.5\]",
+        ),
+        ({"clusters": 4, "at_epochs": 5}, r"at_epochs must be a list of epochs, got 5: write \[5\]"),
+        (
+            {"clusters": 4, "at_epochs": [1], "reassign_every": 1, "freeze_epoch": 2.5},
+            "freeze_epoch must be a whole number above the last of at_epochs, 1, got 2.5",
+        ),
         ({"at_epochs": [1]}, "clusters or bits must be given"),
         ({"clusters": 4, "at_epochs": [1], "gradient": "max"}, r"gradient must be one of \['mean', 'sum'\], got 'max'"),
         ({"clusters": 4, "at_epochs": [1], "init": "max"}, "init must be one of"),

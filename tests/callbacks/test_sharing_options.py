@@ -278,7 +278,10 @@ def test_a_file_that_has_grown_above_the_budget_raises_at_the_end(fit, monkeypat
         ({"reassign_every": 2, "block": 2}, "reassign_every must be None with block=2, got 2"),
         ({"reassign_every": 2, "gradient": "sum"}, "gradient must be 'mean' with reassign_every and no freeze_epoch"),
         ({"freeze_epoch": 3}, "freeze_epoch must be None without reassign_every, got 3"),
-        ({"reassign_every": 2, "freeze_epoch": 1}, "freeze_epoch must be above the last of at_epochs, 1, got 1"),
+        (
+            {"reassign_every": 2, "freeze_epoch": 1},
+            "freeze_epoch must be a whole number above the last of at_epochs, 1, got 1",
+        ),
         ({"max_bytes": 0}, "max_bytes must be a whole number >= 1, got 0"),
         ({"max_bytes": 100, "rate": 0.1}, "rate must be 0 with max_bytes, got 0.1"),
         ({"max_bytes": 100, "block": 2}, "max_bytes must be None with block=2, got 100"),

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lightning_edge import export
-from lightning_edge.export.byte_budget import share_weights_within_, share_within
+from lightning_edge.export.byte_budget import constant_bytes, share_weights_within_, share_within
 from lightning_edge.surgery.sharing import ShareReport
 
 IMAGES = torch.zeros(2, 3, 8, 8)
@@ -96,3 +96,9 @@ def test_a_budget_out_of_reach_names_the_smallest_file():
     fake = Sizes(lambda rate: 10_000 / (1 + min(rate, 1)))
     with pytest.raises(ValueError, match=r"max_bytes must be at least 5,160, got 600: the smallest .* has 5,150 bytes"):
         fake.within(600, spare=10)
+
+
+def test_constants_are_found_in_any_memory_format():
+    network = nn.Sequential(nn.Conv2d(3, 16, 3)).to(memory_format=torch.channels_last)
+    nn.init.ones_(network[0].bias)
+    assert constant_bytes(network, {}) == 2 * 16

@@ -210,3 +210,19 @@ def test_bad_input_is_named(change, message):
 def test_lengths_of_no_codes_are_refused():
     with pytest.raises(ValueError, match="codes must not be empty"):
         code_lengths(torch.empty(0, dtype=torch.int32), 2)
+
+
+def test_one_importance_for_each_row_counts_as_that_of_all_its_values():
+    torch.manual_seed(4)
+    values, rows = torch.randn(300, 200), torch.rand(300, 1)
+    few = kmeans_1d(values, 16, rate=0.01, weights=rows.expand(values.shape))
+    whole = kmeans_1d(values, 16, rate=0.01, weights=rows.expand(values.shape).contiguous())
+    assert torch.equal(few[0], whole[0])
+    assert torch.equal(few[1], whole[1])
+
+
+def test_codes_go_where_they_are_asked_to_go():
+    out = torch.full((3,), -1, dtype=torch.int32)
+    codes = assign_1d(torch.tensor([0.1, 0.9, 0.2]), torch.tensor([0.0, 1.0]), out=out)
+    assert codes.data_ptr() == out.data_ptr()
+    assert out.tolist() == [0, 1, 0]

@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_edge import export, load_artifact, share_weights_
+from lightning_edge import export, fold_batch_norms_, load_artifact, share_weights_
 from lightning_edge.artifact import read_tensors
 from lightning_edge.models.resnet import ResNet8
-from lightning_edge.surgery.batchnorm_folding import fold_batch_norms_
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -36,12 +37,14 @@ PROGRAM = """
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are those that Linux keeps")
 @pytest.mark.parametrize(
-    ("options", "most"),  # times the size of the weights; some megabytes of tables are 0.4 of 16 MB
-    [({}, 1.9), ({"importance": True}, 3.2), ({"channel_scale": True}, 4.6), ({"block": 2}, 4.2)],
+    ("options", "most"),  # times the size of the weights, 16 MB; tables of up to 20 MB are 1.2 of it
+    [({}, 1.9), ({"importance": True}, 2.7), ({"channel_scale": True}, 3.2), ({"block": 2}, 3.2)],
     ids=str,
 )
 def test_sharing_takes_a_few_times_the_memory_of_the_weights(options, most):
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Else the allocator keeps what is freed, and the peak is that of its habits.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < most
