@@ -157,7 +157,7 @@ class Target:
             absolute: Compare absolute values: of the weights themselves, without a copy of them.
 
         Raises:
-            ValueError: If a score is not finite, or a layer cannot keep its floor.
+            ValueError: If a score is not finite, a layer cannot keep its floor, or a pattern fits no layer.
         """
         masks: dict[str, Tensor] = {}
         counts = self.counts(network, scores)
@@ -180,6 +180,11 @@ class Target:
                 if progress == 1.0:
                     self._warn_of_shortfall(names, found, count)
             masks |= zip(names, found, strict=True)
+        if progress == 1.0 and not isinstance(self.shape, Unstructured) and all(bool(m.all()) for m in masks.values()):
+            raise ValueError(
+                f"pattern must find weights to prune, got {self.pattern!r} for {[_layer(name) for name in masks][:4]},"
+                " whose inputs are too few: choose other layers, or another pattern"
+            )
         return self._turned(network, {name: masks[name] for name in scores})
 
     def _turned(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -171,3 +171,8 @@ def test_synaptic_flow_counts_every_output():
 class Detached(nn.Module):
     def forward(self, outputs):
         return outputs[0].detach()
+
+
+def test_a_pattern_that_fits_no_layer_is_refused():
+    with pytest.raises(ValueError, match=r"pattern must find weights to prune, got '2:4' for \[''\]"):
+        prune_(nn.Conv2d(1, 4, 3), sparsity=0.5, pattern="2:4")
