@@ -38,7 +38,9 @@ def reconstruct_(
         ValueError: If there is no batch, or a layer is not called.
 
     >>> from lightning_edge.surgery.copying import copied
-    >>> network = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)); dense, data = copied(network), torch.randn(64, 1)
+    >>> network, data = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)), torch.linspace(-1, 1, 64)[:, None]
+    >>> with torch.no_grad(): _ = [nn.init.ones_(parameter) for parameter in network.parameters()]
+    >>> dense = copied(network)
     >>> with torch.no_grad(): _ = network[0].weight[0].zero_(), network[0].bias[0].zero_()
     >>> reconstruct_(network, dense, ["1"], [(data,)]); bool((network(data) - dense(data)).abs().max() < 0.01)
     True
