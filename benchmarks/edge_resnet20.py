@@ -16,6 +16,7 @@ from cifar10 import accuracy_percent, images
 from runs import folder_of, parser_of, publish, run_recipe
 
 from lightning_edge import load_artifact
+from lightning_edge.data import CIFAR10DataModule
 from lightning_edge.export.timing import ratio, time_sessions
 
 DENSE_PERCENT, DENSE_BYTES = 91.73, 1_078_888
@@ -85,8 +86,8 @@ def run_all(arguments: argparse.Namespace) -> None:
         )
 
 
-def _accuracies(path: Path, data: object) -> dict[str, str]:
-    validation, test, everything = accuracy_percent(path, data)  # type: ignore[arg-type]
+def _accuracies(path: Path, data: CIFAR10DataModule) -> dict[str, str]:
+    validation, test, everything = accuracy_percent(path, data)
     return {
         "all 10,000, %": f"{everything:.2f}",
         "against dense, points": f"{everything - DENSE_PERCENT:+.2f}",

@@ -18,6 +18,8 @@ import onnx
 from cifar10 import accuracy_percent, images
 from runs import folder_of, parser_of, publish, run_recipe
 
+from lightning_edge.data import CIFAR10DataModule
+
 COMMAND = "python benchmarks/trained_quantization.py --data cifar10.npz --weights resnet20-12fca82f.th"
 COMMON = ("model=resnet20", "data=cifar10", "data.validation_from=test", "distillation=self")
 
@@ -89,9 +91,9 @@ def mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
 
-def row(entry: Entry, folders: list[Path], suffix: str, data: object) -> dict[str, str]:
+def row(entry: Entry, folders: list[Path], suffix: str, data: CIFAR10DataModule) -> dict[str, str]:
     """Return the row of one kind of file."""
-    found = [accuracy_percent(folder / f"model.{suffix}", data) for folder in folders]  # type: ignore[arg-type]
+    found = [accuracy_percent(folder / f"model.{suffix}", data) for folder in folders]
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     checked = [a["verified"] for r in reports for a in r["artifacts"] if a["file"] == f"model.{suffix}"]
     return {
