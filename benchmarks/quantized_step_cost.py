@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,6 +63,8 @@ def take_turns(steps: Mapping[str, Step]) -> dict[str, list[float]]:
 
 def waiting(network: nn.Module) -> Step:
     """Return the step of a network whose quantization has not begun."""
+    import lightning as L
+
     from lightning_edge import QuantizationAwareTraining
 
     class Module(L.LightningModule):
@@ -180,7 +181,7 @@ def main() -> None:
         f"Batch {SHAPE[0]}, {arguments.threads} threads, {BLOCKS} blocks of {STEPS} steps that take turns; medians over"
         f" the blocks, with their 95 % interval.\n\n{markdown(rows)}"
     )
-    write_section("ResNet-20, cost of a fake-quantized step", command=" ".join(["python", *sys.argv]), body=body)
+    write_section("ResNet-20, cost of a fake-quantized step", command="python benchmarks/quantized_step_cost.py --nncf-python PYTHON", body=body)
 
 
 if __name__ == "__main__":
