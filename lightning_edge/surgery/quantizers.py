@@ -1,12 +1,12 @@
 """Fake quantizers: they round to the numbers of the integer network, and follow the range or learn the step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e import (
     FakeQuantize,
-    FusedMovingAvgObsFakeQuantize,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
 )
@@ -104,7 +104,7 @@ class WeightQuantizer(FakeQuantize):  # type: ignore[misc]  # torchao has no typ
         return clip
 
 
-class ActivationQuantizer(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
+class ActivationQuantizer(FakeQuantize):  # type: ignore[misc]
     """Rounds an activation to int8, with a moving average of the ranges seen in training.
 
     The step is that of the range times ``exp(log_clip)``, with the same zero point.
@@ -128,28 +128,66 @@ class ActivationQuantizer(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
     def forward(self, values: Tensor) -> Tensor:
         """Return the rounded activation, of its own type: under autocast ranges and rounding are those of float32."""
         wide = values.float()
-        rounded: Tensor
-        if self.fixed:  # the fused operator computes the scale anew from the range at every call
-            rounded = FakeQuantize.forward(self, wide)
-        else:
-            rounded = self._learning(wide) if self.learned else super().forward(wide)
-        return rounded.to(values.dtype)
+        if self.observer_enabled[0] == 1:
+            self.activation_post_process(wide.detach())
+        if self.fake_quant_enabled[0] == 0 and self.observer_enabled[0] == 0:
+            return values
+        scale, zero_point = (self.scale, self.zero_point) if self.fixed else self.calculate_qparams()
+        if self.observer_enabled[0] == 1:
+            self.scale, self.zero_point = scale.detach(), zero_point.to(torch.int32)
+        if self.fake_quant_enabled[0] == 0:
+            return values
+        return self._rounded(wide, scale, zero_point).to(values.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return step and zero point, of shape (1,), of the range and the clip as they are now."""
         scale, zero_point = super().calculate_qparams()
         return self.log_clip.exp() * scale, zero_point
 
-    def _learning(self, values: Tensor) -> Tensor:
-        if self.observer_enabled[0] == 1:
-            self.activation_post_process(values.detach())
-        if self.fake_quant_enabled[0] == 0:
-            return values
-        scale, zero_point = self.calculate_qparams()
-        if self.observer_enabled[0] == 1:
-            self.scale, self.zero_point = scale.detach(), zero_point.to(torch.int32)
-        limits = (self.quant_min, self.quant_max, _gradient_factor(values.numel(), self.quant_max))
-        return torch._fake_quantize_learnable_per_tensor_affine(values, scale, zero_point.float(), *limits)
+    def _rounded(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        limits = (self.quant_min, self.quant_max)
+        if values.is_cpu:
+            zero = int(zero_point)
+            rounded: Tensor = _Rounding.apply(values, scale, self.quant_min - zero, self.quant_max - zero)
+            return rounded
+        if scale.requires_grad:
+            factor = _gradient_factor(values.numel(), self.quant_max)
+            return torch._fake_quantize_learnable_per_tensor_affine(
+                values, scale, zero_point.float(), *limits, factor
+            )
+        return torch.fake_quantize_per_tensor_affine(values, scale, zero_point.int(), *limits)
+
+
+class _Rounding(torch.autograd.Function):
+    """Multiples of a step, and the straight-through gradient: 1 within the limits, 0 beyond.
+
+    The same as torch's fake quantization, whose kernels on the CPU take one value after the other: these operators take
+    an eighth of the time. The gradient of the step is that of Esser et al. 2020, eq. 3: with ``q`` the integers and
+    ``u = values / scale``, it is the sum over ``gradient * (q - u)`` within the limits and ``gradient * q`` beyond.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        """Return ``values`` at the nearest of the multiples ``low`` to ``high`` of ``scale``, shape (1,)."""
+        step = float(scale)
+        rounded = values.mul(1.0 / step).round_().clamp_(low, high).mul_(step)
+        margin = 0.0 if scale.requires_grad else 0.5  # what rounds to a limit is within for torch, not for the paper
+        ctx.limits = ((low - margin) * step, (high + margin) * step)
+        ctx.step, ctx.largest = step, (high - low) // 2
+        ctx.save_for_backward(*((values, rounded) if scale.requires_grad else (values,)))
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of values and step."""
+        (gradient,) = gradients
+        values, *rounded = ctx.saved_tensors
+        passed = torch.ops.aten.hardtanh_backward(gradient, values, *ctx.limits)
+        if not rounded:
+            return passed, None, None, None
+        factor = _gradient_factor(values.numel(), ctx.largest)
+        of_step = (gradient * rounded[0]).sum() - (passed * values).sum()
+        return passed, of_step.mul_(factor / ctx.step).reshape(1), None, None
 
 
 Quantizer = WeightQuantizer | ActivationQuantizer
