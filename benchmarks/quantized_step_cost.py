@@ -13,7 +13,6 @@ import copy
 import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -181,7 +180,8 @@ def main() -> None:
         f"Batch {SHAPE[0]}, {arguments.threads} threads, {BLOCKS} blocks of {STEPS} steps that take turns; medians over"
         f" the blocks, with their 95 % interval.\n\n{markdown(rows)}"
     )
-    write_section("ResNet-20, cost of a fake-quantized step", command="python benchmarks/quantized_step_cost.py --nncf-python PYTHON", body=body)
+    command = "python benchmarks/quantized_step_cost.py --nncf-python PYTHON"
+    write_section("ResNet-20, cost of a fake-quantized step", command=command, body=body)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lightning_edge.artifact.reading import onnx_bytes
 from lightning_edge.functional.bytestream import EdgeFormatError
 
 Array = NDArray[Any]
+_MOST_SIZES = 4  # of inputs, for which OpenVINO compiles: int8 ResNet-20 takes 0.78 of the time with known sizes
 
 
 @dataclass(frozen=True)
@@ -166,12 +167,19 @@ def _openvino(model: bytes | str, path: Path, threads: int) -> Session:
         )
         for port in compiled.inputs
     ]
-    request = compiled.create_infer_request()
+    known: dict[tuple[tuple[int, ...], ...], Any] = {}
+    any_size = compiled.create_infer_request()
+    free = any(None in item.shape for item in inputs)
 
     def run(arrays: Sequence[Array]) -> Sequence[Array]:
-        outputs = request.infer(list(arrays))
+        sizes = tuple(array.shape for array in arrays)
+        if free and sizes not in known and len(known) < _MOST_SIZES:
+            sized = network.clone()
+            sized.reshape(dict(enumerate(sizes)))
+            known[sizes] = core.compile_model(sized, "CPU", options).create_infer_request()
+        outputs = known.get(sizes, any_size).infer(list(arrays))
         # A copy: the next call writes its outputs to the same memory.
-        return [np.array(outputs[port]) for port in compiled.outputs]
+        return [np.array(output) for output in outputs.values()]
 
     return Session(
         run,

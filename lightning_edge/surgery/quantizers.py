@@ -113,6 +113,9 @@ class ActivationQuantizer(FakeQuantize):  # type: ignore[misc]
         learned: As for :class:`WeightQuantizer`.
     """
 
+    scale: Tensor
+    zero_point: Tensor
+
     def __init__(self, *, learned: bool = False) -> None:
         super().__init__(
             observer=MovingAverageMinMaxObserver,
@@ -148,13 +151,13 @@ class ActivationQuantizer(FakeQuantize):  # type: ignore[misc]
         limits = (self.quant_min, self.quant_max)
         if values.is_cpu:
             zero = int(zero_point)
-            rounded: Tensor = _Rounding.apply(values, scale, self.quant_min - zero, self.quant_max - zero)
+            rounded: Tensor = _Rounding.apply(  # type: ignore[no-untyped-call]
+                values, scale, self.quant_min - zero, self.quant_max - zero
+            )
             return rounded
         if scale.requires_grad:
             factor = _gradient_factor(values.numel(), self.quant_max)
-            return torch._fake_quantize_learnable_per_tensor_affine(
-                values, scale, zero_point.float(), *limits, factor
-            )
+            return torch._fake_quantize_learnable_per_tensor_affine(values, scale, zero_point.float(), *limits, factor)
         return torch.fake_quantize_per_tensor_affine(values, scale, zero_point.int(), *limits)
 
 
