@@ -89,7 +89,7 @@ def _convolve(
 
 def _weight(graph_module: GraphModule, node: Node, ones: Tensor, factor: float) -> Node:
     if not _is_dequantized(node.args[0]):
-        return new_constant(graph_module, f"{node.name}_weight", ones * factor)
+        return new_constant(graph_module, f"{node.name}_weight", (ones * factor).to(node.meta["val"].dtype))
     constants = [
         new_constant(graph_module, f"{node.name}_{part}", tensor)
         for part, tensor in (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from lightning_edge.export.delegates import use_delegated_operators_
+from lightning_edge.export.half_precision import compute_in_half_
 from lightning_edge.export.signature import flatten_
 from lightning_edge.surgery.calls import as_arguments, two_rows
 from lightning_edge.surgery.capture import keep_random_state
@@ -17,15 +18,15 @@ from lightning_edge.surgery.post_training import SCHEME
 from lightning_edge.surgery.quantization import deployed
 
 MAX_BATCH = 64
-_SIZE = "aten::sym_size.int"
+_SIZE, _CAST = "aten::sym_size.int", "dim_order_ops::_to_dim_order_copy"  # a cast of the inputs costs little
 
 
 def to_executorch(module: nn.Module, example_inputs: Any) -> bytes:
     """Return the network in evaluation mode as an ExecuTorch program (``.pte``), lowered to XNNPACK.
 
-    A captured network becomes its int8 network. A program plans its memory ahead, for a batch of any size from 1 to
-    :data:`MAX_BATCH`; a larger one is refused by the runtime. Inputs must be contiguous. The same network gives the
-    same bytes.
+    A captured network becomes its int8 network, one that was quantized to ``"fp16"`` computes in float16. A program
+    plans its memory ahead, for a batch of any size from 1 to :data:`MAX_BATCH`; a larger one is refused by the runtime.
+    Inputs must be contiguous. The same network gives the same bytes.
 
     Args:
         module: The network, plain or captured by :func:`~lightning_edge.surgery.quantization.capture_`; not changed.
@@ -41,13 +42,15 @@ def to_executorch(module: nn.Module, example_inputs: Any) -> bytes:
     inputs = two_rows(as_arguments(module, example_inputs)).first(MAX_BATCH)
     graph_module = deployed(module, inputs, split_norms=False)
     use_delegated_operators_(graph_module)
+    if vars(module).get(SCHEME) == "fp16":
+        compute_in_half_(graph_module)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = tuple({0: batch} if value.ndim and len(value) == inputs.rows else None for value in inputs.tensors)
     names = dict(zip(("input_names", "output_names"), flatten_(graph_module, inputs), strict=True))
     names["batched_inputs"] = tuple(name for name, sizes in zip(names["input_names"], shapes, strict=True) if sizes)
     with _quiet(), keep_random_state():
         program, left = _lower(graph_module, tuple(inputs.tensors), shapes, names)
-    if left and vars(module).get(SCHEME) in (None, "int8_static"):
+    if left and vars(module).get(SCHEME) in (None, "int8_static", "fp16"):
         warnings.warn(
             f"every operator must run in XNNPACK to be fast, got {left} that it leaves to portable kernels, in"
             f" {type(module).__name__}",
@@ -75,7 +78,7 @@ def _lower(
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
         nodes = [node for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
         left = {node.target.name() for node in nodes if hasattr(node.target, "_schema") and not _is_number(node)}
-        return bytes(lowered.to_executorch().buffer), sorted(left - {_SIZE})
+        return bytes(lowered.to_executorch().buffer), sorted(left - {_SIZE, _CAST})
 
 
 def _is_number(node: Node) -> bool:

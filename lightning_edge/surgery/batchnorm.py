@@ -74,6 +74,25 @@ def fold_(graph_module: GraphModule, pairs: Mapping[str, str]) -> None:
 
 
 @torch.no_grad()
+def fold_into_(graph_module: GraphModule, layer: Node, norm: Node) -> None:
+    """Put the batch norm behind a layer, as :func:`is_foldable` finds it, into the layer's weight and bias."""
+    scale, shift = scale_and_shift(graph_module, norm)
+    operand, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+    assert isinstance(operand, Node)
+    name = str(operand.target)
+    weight = tensor_at(graph_module, name)
+    offset = tensor_at(graph_module, bias.target) * scale + shift if isinstance(bias, Node) else shift
+    with graph_module.graph.inserting_before(layer):
+        constants = [
+            new_constant(graph_module, f"{name}_folded", weight * scale.reshape(-1, *[1] * (weight.ndim - 1))),
+            new_constant(graph_module, f"{name.removesuffix('weight')}bias_folded", offset),
+        ]
+    layer.args = (layer.args[0], *constants, *layer.args[3:])
+    norm.replace_all_uses_with(layer)
+    graph_module.graph.erase_node(norm)
+
+
+@torch.no_grad()
 def scale_and_shift_(graph_module: GraphModule) -> None:
     """Replace every batch norm in evaluation by a product and a sum: two vectors instead of four, no weight touched."""
     graph = graph_module.graph

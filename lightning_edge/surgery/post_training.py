@@ -21,7 +21,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "int8_dynamic": (".onnx", ".edge"),
     "int8_weight_only": (".onnx", ".pte", ".edge"),
     "int4_weight_only": (".onnx", ".pte", ".edge"),
-    "fp16": (".onnx", ".edge"),
+    "fp16": (".onnx", ".pte", ".edge"),
     "bf16": (".onnx", ".edge"),
 }
 """The schemes, and the files that each can be exported to."""
@@ -53,7 +53,9 @@ def quantize(
       int4 with one for each ``group_size`` weights, by torchao; computation in float32. An ``.onnx`` stores a byte or
       half a byte of each; onnxruntime unpacks them as it loads, ExecuTorch at every call, which is slow.
     * ``"fp16"``, ``"bf16"``: weights rounded to that precision, computation in float32; an ``.onnx`` and a ``.edge``
-      store two bytes of each. A ``.pte`` would store four, and is refused.
+      store two bytes of each. A ``.pte`` in ``"fp16"`` computes in float16, fast where the processor does (ARMv8.2,
+      AVX512-FP16), slow elsewhere; it stores two bytes for each weight of a linear layer, and four for those of
+      convolutions, as ExecuTorch wants them. XNNPACK has no bfloat16.
 
     :data:`FILES` says which scheme can be exported to which file.
 
