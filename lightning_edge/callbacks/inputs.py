@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
@@ -167,10 +168,13 @@ def training_calls(
         progress: Show a progress bar.
     """
     loader = trainer.fit_loop._data_source.dataloader()  # as the user gave it, not this rank's share
+    if not isinstance(loader, CombinedLoader):  # one, or a collection of them, as Lightning takes them
+        loader = CombinedLoader(loader, "max_size_cycle")
     device = next(network.parameters()).device
     with keep_random_state():
         torch.manual_seed(seed)
-        shown = track(islice(loader, batches), "calibration", total=batches, disable=not progress)
+        given = (batch for batch, *_ in loader)
+        shown = track(islice(given, batches), "calibration", total=batches, disable=not progress)
         moved = (pl_module._apply_batch_transfer_handler(batch, device=device) for batch in shown)
         return [call_in_step(pl_module, network, "training_step", batch) for batch in moved]
 

@@ -1,6 +1,7 @@
 """Why a network cannot be traced: where in it, and the way out that fits the cause."""
 
 import linecache
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -37,7 +38,9 @@ def _advice(error: Exception) -> str:
             f" operations (torch.where), or {_CHOOSE}"
         )
     if any(mark in text for mark in _FIXED):
-        return f"It must take a batch of any size: take sizes from the inputs, not from constants, or {_CHOOSE}"
+        found = re.search(r"constant \((\d+)\)", text)
+        only = f", not {found[1]} rows alone" if found else ""
+        return f"It must take a batch of any size{only}: take sizes from the inputs, not from constants, or {_CHOOSE}"
     if isinstance(error, TypeError) and "argument" in text:
         return "Call it with all the inputs that it needs, by position or by name"
     return f"It must be made of operators that torch.export knows: replace this one, or {_CHOOSE}"

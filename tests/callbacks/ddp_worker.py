@@ -65,7 +65,9 @@ def main(folder, when, seed):
         WeightSharing(6, at_epochs=[2], init="random")
         if when != "codes"
         else WeightSharing(16, at_epochs=[2], reassign_every=1, channel_scale=True, rate=0.02),
-        QuantizationAwareTraining(2, freeze_observers_epoch=3),
+        QuantizationAwareTraining(2, freeze_observers_epoch=3)
+        if when != "steps"
+        else QuantizationAwareTraining(2, weight_bits=4, learned_steps=True),
     )
     export = ExportArtifacts(folder / "out", formats=["edge"])
     # Removed in the middle of the fit: the strategy has to wrap the narrow network anew.

@@ -236,6 +236,34 @@ def test_the_first_ranges_can_come_from_a_calibration(fit):
     torch.testing.assert_close(calibrated.ranges[1], torch.lerp(calibrated.ranges[0], seen, 0.01), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("several", [list, lambda loaders: dict(zip("ab", loaders, strict=True))], ids=["list", "dict"])
+def test_a_calibration_takes_several_loaders_as_the_fit_does(fit, task_class, digits_loaders, several):
+    class Pairs(task_class):
+        def training_step(self, batch, batch_idx):
+            first, second = batch.values() if isinstance(batch, dict) else batch
+            return super().training_step([torch.cat(both) for both in zip(first, second, strict=True)], batch_idx)
+
+    train, validation = digits_loaders()
+    callback = QuantizationAwareTraining(0, calibration_batches=2)
+    task, _ = fit(callback, task=Pairs(), loaders=(several([train, train]), validation), epochs=1)
+    assert torch.isfinite(captured(task).observer_state()["linear.max_val"])
+
+
+def test_steps_are_learned_beside_averaged_weights(fit, tmp_path, digits_loaders):
+    """The average of the weights is rounded with the steps as they are at the end, in the file too."""
+    options = {"weight_bits": 4, "learned_steps": True, "freeze_observers_epoch": 3}
+    task, _ = fit(QuantizationAwareTraining(1, **options), EMAWeightAveraging(decay=0.95))
+    state = captured(task).observer_state()
+    assert any(bool(state[name].any()) for name in state if name.endswith("log_clip"))
+    assert 5 <= weights_of(task.model)["7.weight_int8"].abs().max() <= 7
+    images = digits_loaders()[1].dataset.tensors[0]
+    export(task.model, tmp_path / "model.onnx", example_inputs=(images[:2],))
+    found = torch.from_numpy(load_artifact(tmp_path / "model.onnx")(images.numpy()))
+    with torch.no_grad():
+        expected = task.eval().model(images)
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+
+
 def test_a_second_fit_begins_with_the_plain_network_and_live_observers(fit):
     watch = Watch()
     task, _ = fit(QuantizationAwareTraining(0, freeze_observers_epoch=1), epochs=2)

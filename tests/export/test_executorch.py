@@ -11,7 +11,7 @@ from torch import nn
 from lightning_edge import load_artifact, quantize
 from lightning_edge.export import export
 from lightning_edge.export.executorch import MAX_BATCH, to_executorch
-from lightning_edge.models.resnet import CifarResNet
+from lightning_edge.models import ResNet20
 from lightning_edge.surgery.quantization import capture_, convert
 
 
@@ -169,7 +169,7 @@ class Mobile(nn.Module):
         return self.fc(F.relu(x).mean((2, 3)))
 
 
-NETWORKS = {"resnet": (lambda: CifarResNet(blocks=1), (8, 3, 32, 32)), "mobile": (Mobile, (8, 1, 8, 8))}
+NETWORKS = {"resnet": (ResNet20, (8, 3, 32, 32)), "mobile": (Mobile, (8, 1, 8, 8))}
 
 
 @pytest.fixture(params=NETWORKS)

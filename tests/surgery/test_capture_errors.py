@@ -38,7 +38,7 @@ def test_control_flow_that_depends_on_values_is_named_with_its_layer_and_line(ca
 
 
 def test_a_fixed_batch_is_told_apart(capfd):
-    assert "It must take a batch of any size" in refusal_of(Fixed(), capfd)
+    assert "It must take a batch of any size, not 4 rows alone: " in refusal_of(Fixed(), capfd)
 
 
 def test_a_missing_input_is_named(capfd):
