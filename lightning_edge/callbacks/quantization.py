@@ -31,7 +31,9 @@ class QuantizationAwareTraining(CompressionCallback):
     Args:
         start_epoch: Zero-based epoch from which ranges are observed, and numbers rounded.
         quantize_epoch: Epoch from which numbers are rounded, if later: until then observers watch the float network.
-        freeze_observers_epoch: Epoch from which ranges and steps stay as they are; the default is never.
+        freeze_observers_epoch: Epoch from which ranges and steps stay as they are, ``start_epoch`` at the earliest, if
+            there is a calibration; the default is never. Scales are exact from then on, see
+            ``surgery.exact_scales``: the files give the very integers of the validation.
         freeze_batch_norm_epoch: Epoch from which batch norms use, and keep, their running statistics; the default is
             never.
         weight_bits: 8, 4, or globs over names of layers to these, the first match counting:
@@ -76,10 +78,12 @@ class QuantizationAwareTraining(CompressionCallback):
         for name, epoch in (("quantize_epoch", quantize_epoch), ("freeze_batch_norm_epoch", freeze_batch_norm_epoch)):
             if epoch is not None and epoch < start_epoch:
                 raise ValueError(f"{name} must be at least start_epoch={start_epoch}, got {epoch}")
-        if freeze_observers_epoch is not None and freeze_observers_epoch <= start_epoch:
+        first = start_epoch + (not calibration_batches)
+        if freeze_observers_epoch is not None and freeze_observers_epoch < first:
             raise ValueError(
-                f"freeze_observers_epoch must be above start_epoch={start_epoch}, got {freeze_observers_epoch}:"
-                " observers have to see an epoch of data before they are frozen"
+                f"freeze_observers_epoch must be at least {first} with start_epoch={start_epoch}, got"
+                f" {freeze_observers_epoch}: observers have to see an epoch of data before they are frozen, or a"
+                " calibration (calibration_batches=16)"
             )
         self.start_epoch, self.freeze_observers_epoch = start_epoch, freeze_observers_epoch
         self.quantize_epoch = start_epoch if quantize_epoch is None else quantize_epoch

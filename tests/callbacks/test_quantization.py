@@ -215,7 +215,10 @@ def test_a_network_that_cannot_be_captured_is_named(fit, task_class):
     ("arguments", "message"),
     [
         ({"start_epoch": -1}, "start_epoch must be >= 0, got -1"),
-        ({"start_epoch": 3, "freeze_observers_epoch": 3}, "freeze_observers_epoch must be above start_epoch=3, got 3"),
+        (
+            {"start_epoch": 3, "freeze_observers_epoch": 3},
+            "freeze_observers_epoch must be at least 4 with start_epoch=3, got 3",
+        ),
     ],
 )
 def test_bad_arguments_fail_at_construction(arguments, message):

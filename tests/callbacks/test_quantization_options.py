@@ -1,5 +1,7 @@
 """Milestones, few bits, learned steps, and what the trainer may do meanwhile."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
@@ -234,6 +236,24 @@ def test_the_first_ranges_can_come_from_a_calibration(fit):
     assert torch.isfinite(calibrated.ranges[0])
     seen = plain.ranges[1]  # of the same first batch
     torch.testing.assert_close(calibrated.ranges[1], torch.lerp(calibrated.ranges[0], seen, 0.01), rtol=0.1, atol=0.1)
+
+
+def test_the_ranges_of_a_calibration_can_stay(fit, tmp_path, digits_loaders):
+    class Ranges(Callback):
+        seen: ClassVar = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen.append(captured(pl_module).observer_state()["linear.max_val"].clone())
+
+    task, _ = fit(QuantizationAwareTraining(0, calibration_batches=4, freeze_observers_epoch=0), Ranges(), epochs=1)
+    assert torch.isfinite(Ranges.seen[0])
+    assert same(dict(enumerate(Ranges.seen)), dict.fromkeys(range(len(Ranges.seen)), Ranges.seen[0]))
+    images = digits_loaders()[1].dataset.tensors[0]
+    export(task.model, tmp_path / "model.onnx", example_inputs=(images[:2],))
+    with torch.no_grad():
+        expected = convert(task.model)(images)
+    found = torch.from_numpy(load_artifact(tmp_path / "model.onnx")(images.numpy()))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # no integer differs
 
 
 @pytest.mark.parametrize("several", [list, lambda loaders: dict(zip("ab", loaders, strict=True))], ids=["list", "dict"])
