@@ -87,7 +87,7 @@ def test_a_mistake_in_the_distillation_is_said_before_any_training(tmp_path, cap
     assert main(["recipe=deep_compression", "start=anew", f"hydra.run.dir={tmp_path}/run2"]) == 1
     assert "start must be dense or scratch, got 'anew'" in capsys.readouterr().err
     alone = "teacher={model: {network: {width: 2.0}}}"
-    assert main(["recipe=deep_compression", alone, f"hydra.run.dir={tmp_path}/run3"]) == 1
+    assert main(["recipe=share_weights", alone, f"hydra.run.dir={tmp_path}/run3"]) == 1
     assert "teacher must stand beside a distillation" in capsys.readouterr().err
     late = [
         *options[:1],
