@@ -249,6 +249,9 @@ class QuantizationAwareTraining(CompressionCallback):
             network = find_network(pl_module, self.network)
             calls = training_calls(trainer, pl_module, network, batches=self.calibration_batches, seed=self.seed)
             calibrate_(self._captured, calls, freeze=False)
+            # The running statistics of batch norms, through which the ranks looked, are each rank's own.
+            state = trainer.strategy.broadcast(self._captured.observer_state())
+            self._captured.load_observer_state(state)
 
     def _learn(self, optimizer: Optimizer, *_: Any) -> None:
         """Step the steps after the weights, with the mean gradient of all ranks and the weights' schedule."""

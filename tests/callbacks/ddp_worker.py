@@ -21,6 +21,11 @@ from lightning_edge import (
 )
 from lightning_edge.modules import MovingAverage
 
+QUANTIZATION = {
+    "steps": {"weight_bits": 4, "learned_steps": True},
+    "calibration": {"calibration_batches": 2, "freeze_observers_epoch": 2},
+}
+
 
 class Diverge(Callback):
     """Another weight on rank 1, or a file on rank 0 that computes something else."""
@@ -65,9 +70,7 @@ def main(folder, when, seed):
         WeightSharing(6, at_epochs=[2], init="random")
         if when != "codes"
         else WeightSharing(16, at_epochs=[2], reassign_every=1, channel_scale=True, rate=0.02),
-        QuantizationAwareTraining(2, freeze_observers_epoch=3)
-        if when != "steps"
-        else QuantizationAwareTraining(2, weight_bits=4, learned_steps=True),
+        QuantizationAwareTraining(2, **QUANTIZATION.get(when, {"freeze_observers_epoch": 3})),
     )
     export = ExportArtifacts(folder / "out", formats=["edge"])
     # Removed in the middle of the fit: the strategy has to wrap the narrow network anew.
@@ -80,6 +83,8 @@ def main(folder, when, seed):
         seed=seed,
         devices=2,
         strategy="ddp",
+        # A validation would give all ranks the batch norms of the first.
+        limit_val_batches=0 if when == "calibration" else 1.0,
     )
     parts = {
         "masks": pruning.state_dict()["masks"].values(),

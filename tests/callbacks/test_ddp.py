@@ -28,8 +28,8 @@ def test_ranks_that_see_different_data_decide_alike(tmp_path):
     assert (tmp_path / "out" / "model.edge").is_file()
 
 
-@pytest.mark.parametrize("when", ["channels", "codes", "distillation", "steps"])
-def test_channels_codes_steps_and_what_a_teacher_taught_are_the_same_on_both_ranks(tmp_path, when):
+@pytest.mark.parametrize("when", ["channels", "codes", "distillation", "steps", "calibration"])
+def test_channels_codes_steps_ranges_and_what_a_teacher_taught_are_the_same_on_both_ranks(tmp_path, when):
     code, errors, (first, second) = two_processes(tmp_path, when=when)
     assert code == 0, errors
     assert first.pop("data") != second.pop("data")
