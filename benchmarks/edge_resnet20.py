@@ -69,7 +69,7 @@ def run_all(arguments: argparse.Namespace) -> None:
         where = folder / f"int8_{macs:g}"
         report = run_recipe(where, [*COMMON, *fast(macs), *paths, length], trial=trial)
         for suffix in ("onnx", "pte"):
-            row = next(row for row in report["artifacts"] if row["file"].endswith(suffix))
+            row = next(row for row in report["artifacts"] if row["file"] == f"model.{suffix}")
             head = {
                 "MACs that stay": f"{macs:.0%}",
                 "file": f".{suffix}, int8",
