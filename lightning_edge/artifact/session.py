@@ -177,9 +177,13 @@ def _openvino(model: bytes | str, path: Path, threads: int) -> Session:
             sized = network.clone()
             sized.reshape(dict(enumerate(sizes)))
             known[sizes] = core.compile_model(sized, "CPU", options).create_infer_request()
-        outputs = known.get(sizes, any_size).infer(list(arrays))
+        request = known.get(sizes, any_size)
+        for index, array in enumerate(arrays):
+            given = array if array.flags.writeable else array.copy()  # OpenVINO shares no memory that is read-only
+            request.set_input_tensor(index, openvino.Tensor(given, shared_memory=True))
+        request.infer()
         # A copy: the next call writes its outputs to the same memory.
-        return [np.array(output) for output in outputs.values()]
+        return [np.array(request.get_output_tensor(index).data) for index in range(len(compiled.outputs))]
 
     return Session(
         run,
