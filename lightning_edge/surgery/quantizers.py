@@ -173,24 +173,29 @@ class _Rounding(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         """Return ``values`` at the nearest of the multiples ``low`` to ``high`` of ``scale``, shape (1,)."""
         step = float(scale)
-        rounded = values.mul(1.0 / step).round_().clamp_(low, high).mul_(step)
         margin = 0.0 if scale.requires_grad else 0.5  # what rounds to a limit is within for torch, not for the paper
         ctx.limits = ((low - margin) * step, (high + margin) * step)
-        ctx.step, ctx.largest = step, (high - low) // 2
-        ctx.save_for_backward(*((values, rounded) if scale.requires_grad else (values,)))
-        return rounded
+        ctx.rounding = (step, low, high)
+        ctx.save_for_backward(values)  # not the result, which an operator in place may change
+        return _Rounding.nearest(values, step, low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of values and step."""
         (gradient,) = gradients
-        values, *rounded = ctx.saved_tensors
+        (values,) = ctx.saved_tensors
         passed = torch.ops.aten.hardtanh_backward(gradient, values, *ctx.limits)
-        if not rounded:
+        if not ctx.needs_input_grad[1]:
             return passed, None, None, None
-        factor = _gradient_factor(values.numel(), ctx.largest)
-        of_step = (gradient * rounded[0]).sum() - (passed * values).sum()
-        return passed, of_step.mul_(factor / ctx.step).reshape(1), None, None
+        step, low, high = ctx.rounding
+        factor = _gradient_factor(max(values.numel(), 1), (high - low) // 2)
+        of_step = (gradient * _Rounding.nearest(values, step, low, high)).sum() - (passed * values).sum()
+        return passed, of_step.mul_(factor / step).reshape(1), None, None
+
+    @staticmethod
+    def nearest(values: Tensor, step: float, low: int, high: int) -> Tensor:
+        """Return the values at the nearest of the multiples."""
+        return values.mul(1.0 / step).round_().clamp_(low, high).mul_(step)
 
 
 Quantizer = WeightQuantizer | ActivationQuantizer

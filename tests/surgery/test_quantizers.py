@@ -76,3 +76,18 @@ def test_half_precision_is_rounded_in_single():
     rounded = quantized(values)
     assert rounded.dtype == torch.bfloat16
     assert torch.equal(rounded, quantized(values.float()).bfloat16())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_is_rounded_may_be_changed_in_place(learned):
+    values = torch.randn(4, 3, requires_grad=True)
+    rounded = quantizer(scale=0.02, zero_point=0, learned=learned)(values)
+    rounded *= 2
+    rounded.sum().backward()
+    assert torch.equal(values.grad, torch.where(values.abs() < 127 * 0.02, 2.0, values.grad))
+
+
+def test_an_empty_batch_teaches_no_step():
+    quantized = quantizer(scale=0.02, zero_point=0, learned=True)
+    quantized(torch.zeros(0, 3, requires_grad=True)).sum().backward()
+    assert quantized.log_clip.grad.item() == 0
