@@ -195,6 +195,19 @@ def state_tensors(owner: str, saved: Mapping[str, Tensor], weights: Mapping[str,
     return {name: saved[name].to(weight.device) for name, weight in weights.items()}
 
 
+def require_float32_weights(trainer: L.Trainer) -> None:
+    """Raise before the fit if its weights have another type, which quantizers and runtimes do not take.
+
+    Raises:
+        ValueError: With the precisions that fit.
+    """
+    if str(trainer.precision).endswith("-true") and trainer.precision != "32-true":
+        raise ValueError(
+            f"precision must keep weights in float32 for quantization, got {trainer.precision!r}: take '32-true',"
+            " 'bf16-mixed' or '16-mixed'"
+        )
+
+
 def require_agreement(trainer: L.Trainer, tensors: Iterable[Tensor], *, what: str) -> None:
     """Raise on every rank unless all ranks hold the same bits.
 

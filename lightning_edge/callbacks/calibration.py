@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_edge.callbacks.base import SHARDING, callbacks_of
+from lightning_edge.callbacks.base import SHARDING, callbacks_of, require_float32_weights
 from lightning_edge.callbacks.export import ExportArtifacts
 from lightning_edge.callbacks.inputs import NetworkInputs, check_has_forward, training_calls
 from lightning_edge.callbacks.quantization import QuantizationAwareTraining
@@ -86,6 +86,7 @@ class PostTrainingQuantization(L.Callback):
         if stage != "fit":
             return
         self._captured = None
+        require_float32_weights(trainer)
         if isinstance(trainer.strategy, SHARDING):
             raise ValueError(
                 f"strategy must keep whole parameters on every device, got {type(trainer.strategy).__name__}, which"

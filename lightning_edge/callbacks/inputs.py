@@ -1,5 +1,6 @@
 """What a network is called with: seen at its first call, kept in checkpoints as shapes and types."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
@@ -11,7 +12,8 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten, treespec_dumps, treespec_loads
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from lightning_edge.surgery.calls import Arguments, arguments_of, as_arguments, call_during
@@ -167,9 +169,7 @@ def training_calls(
         seed: Of the data's order, whatever was drawn before; the random state is left as it was.
         progress: Show a progress bar.
     """
-    loader = trainer.fit_loop._data_source.dataloader()  # as the user gave it, not this rank's share
-    if not isinstance(loader, CombinedLoader):  # one, or a collection of them, as Lightning takes them
-        loader = CombinedLoader(loader, "max_size_cycle")
+    loader = _apart(trainer.fit_loop._data_source.dataloader())  # as the user gave it, not this rank's share
     device = next(network.parameters()).device
     with keep_random_state():
         torch.manual_seed(seed)
@@ -177,6 +177,22 @@ def training_calls(
         shown = track(islice(given, batches), "calibration", total=batches, disable=not progress)
         moved = (pl_module._apply_batch_transfer_handler(batch, device=device) for batch in shown)
         return [call_in_step(pl_module, network, "training_step", batch) for batch in moved]
+
+
+def _apart(loaders: Any) -> CombinedLoader:
+    """Return one or several loaders, as Lightning combines them, whose iteration leaves that of the fit alone."""
+    mode: Any = "max_size_cycle"
+    if isinstance(loaders, CombinedLoader):
+        loaders, mode = loaders.iterables, loaders._mode
+
+    def twin(loader: Any) -> Any:
+        if not isinstance(loader, DataLoader):
+            return loader
+        found = copy.copy(loader)
+        found._iterator = None  # of the workers that persist
+        return found
+
+    return CombinedLoader(tree_map(twin, loaders), mode)
 
 
 def labels_of(batch: Any) -> Tensor | None:

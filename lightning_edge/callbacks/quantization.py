@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_edge.callbacks.base import CompressionCallback, require_agreement
+from lightning_edge.callbacks.base import CompressionCallback, require_agreement, require_float32_weights
 from lightning_edge.callbacks.inputs import NetworkInputs, check_has_forward, training_calls
 from lightning_edge.surgery.calibration import calibrate_
 from lightning_edge.surgery.capture import capture, keep_random_state
@@ -78,7 +78,7 @@ class QuantizationAwareTraining(CompressionCallback):
         for name, epoch in (("quantize_epoch", quantize_epoch), ("freeze_batch_norm_epoch", freeze_batch_norm_epoch)):
             if epoch is not None and epoch < start_epoch:
                 raise ValueError(f"{name} must be at least start_epoch={start_epoch}, got {epoch}")
-        first = start_epoch + (not calibration_batches)
+        first = start_epoch if calibration_batches else start_epoch + 1
         if freeze_observers_epoch is not None and freeze_observers_epoch < first:
             raise ValueError(
                 f"freeze_observers_epoch must be at least {first} with start_epoch={start_epoch}, got"
@@ -129,11 +129,8 @@ class QuantizationAwareTraining(CompressionCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any training."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.precision in ("16-true", "bf16-true"):
-            raise ValueError(
-                f"precision must keep weights in float32 for quantization-aware training, got {trainer.precision!r}:"
-                " take '32-true', 'bf16-mixed' or '16-mixed'"
-            )
+        if stage == "fit":
+            require_float32_weights(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on from the observers of a resumed run; else see what the network's inputs look like."""

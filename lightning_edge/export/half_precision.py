@@ -27,8 +27,10 @@ def compute_in_half_(graph_module: GraphModule) -> None:
                 f" {name} that is not rounded to it: export to .onnx, or quantize without keep"
             )
     for norm in graph_module.graph.find_nodes(op="call_function", target=BATCH_NORM):
-        if is_foldable(norm.args[0], norm) and not norm.args[5]:
-            fold_into_(graph_module, norm.args[0], norm)
+        layer = norm.args[0]
+        if is_foldable(layer, norm) and not norm.args[5]:
+            bias = layer.args[2] if len(layer.args) > 2 else None
+            fold_into_(graph_module, layer, norm, bias=None if bias is None else str(bias.target))
     scale_and_shift_(graph_module)
     for part in graph_module.modules():
         _halve_(part)

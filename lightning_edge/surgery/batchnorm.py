@@ -54,42 +54,41 @@ def fold_(graph_module: GraphModule, pairs: Mapping[str, str]) -> None:
         graph_module: The graph, in evaluation mode; its tensors are replaced, not written to.
         pairs: Layer to batch norm, by node name.
     """
-    graph = graph_module.graph
-    nodes = {node.name: node for node in graph.nodes}
+    nodes = {node.name: node for node in graph_module.graph.nodes}
     for layer, norm in ((nodes[key], nodes[value]) for key, value in pairs.items()):
-        scale, shift = scale_and_shift(graph_module, norm)
-        quantizer = layer.args[1]  # the call of the fake quantizer, whose input is weight * scale
-        weight, bias = weight_of(quantizer), norm.meta["folded_bias"]
-        wide = tensor_at(graph_module, weight)
-        folded = wide * scale.reshape(-1, *[1] * (wide.ndim - 1))
-        offset = shift if bias is None else tensor_at(graph_module, bias) * scale + shift
-        with graph.inserting_before(quantizer):
-            constant = new_constant(graph_module, f"{weight}_folded", folded)
-        quantizer.args = (constant,)
-        with graph.inserting_before(layer):
-            constant = new_constant(graph_module, f"{weight.removesuffix('weight')}bias_folded", offset)
-        layer.args = (*layer.args[:2], constant, *layer.args[3:])  # tracing leaves out a bias that is None
-        norm.replace_all_uses_with(layer)
+        fold_into_(graph_module, layer, norm, bias=norm.meta["folded_bias"])
     eliminate_dead_code_(graph_module)
 
 
 @torch.no_grad()
-def fold_into_(graph_module: GraphModule, layer: Node, norm: Node) -> None:
-    """Put the batch norm behind a layer, as :func:`is_foldable` finds it, into the layer's weight and bias."""
+def fold_into_(graph_module: GraphModule, layer: Node, norm: Node, *, bias: str | None) -> None:
+    """Put the batch norm behind a layer, as :func:`is_foldable` finds it, into the layer's weight and bias.
+
+    Args:
+        graph_module: In evaluation mode; its tensors are replaced, not written to.
+        layer: Its weight may go through a fake quantizer.
+        norm: It is erased.
+        bias: Name of the layer's own.
+    """
+    graph = graph_module.graph
     scale, shift = scale_and_shift(graph_module, norm)
-    operand, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+    operand = layer.args[1]
     assert isinstance(operand, Node)
-    name = str(operand.target)
+    name = weight_of(operand)
     weight = tensor_at(graph_module, name)
-    offset = tensor_at(graph_module, bias.target) * scale + shift if isinstance(bias, Node) else shift
-    with graph_module.graph.inserting_before(layer):
-        constants = [
-            new_constant(graph_module, f"{name}_folded", weight * scale.reshape(-1, *[1] * (weight.ndim - 1))),
-            new_constant(graph_module, f"{name.removesuffix('weight')}bias_folded", offset),
-        ]
-    layer.args = (layer.args[0], *constants, *layer.args[3:])
+    offset = shift if bias is None else tensor_at(graph_module, bias) * scale + shift
+    reader = layer if operand.op == "get_attr" else operand
+    with graph.inserting_before(reader):
+        folded = new_constant(graph_module, f"{name}_folded", weight * scale.reshape(-1, *[1] * (weight.ndim - 1)))
+    if reader is layer:
+        layer.update_arg(1, folded)
+    else:
+        reader.args = (folded,)
+    with graph.inserting_before(layer):
+        constant = new_constant(graph_module, f"{name.removesuffix('weight')}bias_folded", offset)
+    layer.args = (*layer.args[:2], constant, *layer.args[3:])  # tracing leaves out a bias that is None
     norm.replace_all_uses_with(layer)
-    graph_module.graph.erase_node(norm)
+    graph.erase_node(norm)
 
 
 @torch.no_grad()

@@ -128,6 +128,8 @@ def test_what_cannot_work_is_refused(fit, tmp_path):
         fit(PostTrainingQuantization(), PostTrainingQuantization(network="model"))
     with pytest.raises(ValueError, match="callbacks must quantize once"):
         fit(PostTrainingQuantization(), QuantizationAwareTraining(1))
+    with pytest.raises(ValueError, match="precision must keep weights in float32 for quantization, got '64-true'"):
+        fit(PostTrainingQuantization(), precision="64-true")
 
 
 WORKER = """

@@ -5,7 +5,9 @@ from typing import ClassVar
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_edge import QuantizationAwareTraining, WeightPruning, load_artifact
 from lightning_edge.callbacks.quantization import _schedule
@@ -197,9 +199,10 @@ def test_evaluation_under_autocast_is_that_of_float32(fit, tmp_path, digits_load
     assert bool((found.argmax(1) == watch.outputs.argmax(1)).all())
 
 
-def test_weights_in_few_bits_are_refused_at_setup(fit):
-    with pytest.raises(ValueError, match=r"precision must keep weights in float32.*'bf16-true': take '32-true'"):
-        fit(QuantizationAwareTraining(1), precision="bf16-true")
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_that_are_not_in_float32_are_refused_at_setup(fit, precision):
+    with pytest.raises(ValueError, match=rf"precision must keep weights in float32.*'{precision}': take '32-true'"):
+        fit(QuantizationAwareTraining(1), precision=precision)
 
 
 def test_averaged_weights_are_rounded_in_their_own_ranges(fit):
@@ -267,6 +270,26 @@ def test_a_calibration_takes_several_loaders_as_the_fit_does(fit, task_class, di
     callback = QuantizationAwareTraining(0, calibration_batches=2)
     task, _ = fit(callback, task=Pairs(), loaders=(several([train, train]), validation), epochs=1)
     assert torch.isfinite(captured(task).observer_state()["linear.max_val"])
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_calibration_leaves_the_epoch_as_it_is(fit, digits_loaders, combined):
+    class Seen(Callback):
+        def __init__(self):
+            self.batches = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.batches.append((batch_idx, batch[0].sum().item()))
+
+    seen = {0: Seen(), 2: Seen(), 20: Seen()}
+    for batches, watch in seen.items():
+        train, validation = digits_loaders()
+        kept = DataLoader(train.dataset, 32, shuffle=True, num_workers=1, persistent_workers=True)
+        loaders = (CombinedLoader(train, "min_size") if combined else kept, validation)
+        callback = QuantizationAwareTraining(1, calibration_batches=batches)
+        fit(callback, watch, loaders=loaders, epochs=2, folder=f"{combined}{batches}")
+    assert len(seen[0].batches) == 16
+    assert seen[0].batches == seen[2].batches == seen[20].batches
 
 
 def test_steps_are_learned_beside_averaged_weights(fit, tmp_path, digits_loaders):
