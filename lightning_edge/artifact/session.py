@@ -1,6 +1,7 @@
 """Run a file: one signature for every format, arrays in, arrays out."""
 
 import io
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Session:
         arrays = (*arrays, *(named[name] for name in names[len(arrays) :]))
         for item, array in zip(self.inputs, arrays, strict=True):
             _check(self.path, item, np.asarray(array))
-        outputs = self._run([np.ascontiguousarray(array) for array in arrays])
+        outputs = self._run([np.asarray(array, order="C") for array in arrays])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -168,22 +169,24 @@ def _openvino(model: bytes | str, path: Path, threads: int) -> Session:
         for port in compiled.inputs
     ]
     known: dict[tuple[tuple[int, ...], ...], Any] = {}
+    one_at_a_time = threading.Lock()  # a request has one place for its outputs
     any_size = compiled.create_infer_request()
     free = any(None in item.shape for item in inputs)
 
     def run(arrays: Sequence[Array]) -> Sequence[Array]:
         sizes = tuple(array.shape for array in arrays)
-        if free and sizes not in known and len(known) < _MOST_SIZES:
-            sized = network.clone()
-            sized.reshape(dict(enumerate(sizes)))
-            known[sizes] = core.compile_model(sized, "CPU", options).create_infer_request()
-        request = known.get(sizes, any_size)
-        for index, array in enumerate(arrays):
-            given = array if array.flags.writeable else array.copy()  # OpenVINO shares no memory that is read-only
-            request.set_input_tensor(index, openvino.Tensor(given, shared_memory=True))
-        request.infer()
-        # A copy: the next call writes its outputs to the same memory.
-        return [np.array(request.get_output_tensor(index).data) for index in range(len(compiled.outputs))]
+        with one_at_a_time:
+            if free and sizes not in known and len(known) < _MOST_SIZES:
+                sized = network.clone()
+                sized.reshape(dict(enumerate(sizes)))
+                known[sizes] = core.compile_model(sized, "CPU", options).create_infer_request()
+            request = known.get(sizes, any_size)
+            for index, array in enumerate(arrays):
+                given = array if array.flags.writeable else array.copy()  # OpenVINO shares no memory that is read-only
+                request.set_input_tensor(index, openvino.Tensor(given, shared_memory=True))
+            request.infer()
+            # A copy: the next call writes its outputs to the same memory.
+            return [np.array(request.get_output_tensor(index).data) for index in range(len(compiled.outputs))]
 
     return Session(
         run,
@@ -209,8 +212,11 @@ def _load_pte(path: Path, threads: int) -> Session:
     from importlib.metadata import version
 
     _unsafe_reset_threadpool(threads)
-    program = Runtime.get().load_program(path)
-    method = program.load_method("forward")
+    try:
+        program = Runtime.get().load_program(path)
+        method = program.load_method("forward")
+    except RuntimeError as error:
+        raise ValueError(f"ExecuTorch must be able to load {path}, got: {error}") from error
     metadata = method.metadata
     tensors = [metadata.input_tensor_meta(index) for index in range(metadata.num_inputs())]
     names = _names(program, "input_names") or [f"input{index}" for index in range(len(tensors))]
@@ -227,14 +233,22 @@ def _load_pte(path: Path, threads: int) -> Session:
     rows = next((item.sizes()[0] for name, item in zip(names, tensors, strict=True) if name in batched), 1)
 
     def run(arrays: Sequence[Array]) -> Sequence[Array]:
-        parts = []
         whole = [info.shape[:1] != (None,) for info in inputs]
-        count = next((len(array) for array, fixed in zip(arrays, whole, strict=True) if not fixed), rows)
-        for start in range(0, max(1, count), rows):
+        counts = {len(array) for array, fixed in zip(arrays, whole, strict=True) if not fixed} or {rows}
+        if len(counts) > 1 or 0 in counts:
+            raise ValueError(f"the inputs of {path.name} must have as many rows each, one or more, got {counts}")
+        parts, (count,) = [], counts
+        for start in range(0, count, rows):
             part = [array if fixed else array[start : start + rows] for array, fixed in zip(arrays, whole, strict=True)]
-            values = [torch.from_numpy(np.ascontiguousarray(array)) for array in part]
+            values = [torch.from_numpy(array) for array in part]
             # A copy: the next call writes its outputs to the same memory.
             parts.append([output.numpy().copy() for output in method.execute(values)])
+            if count > rows and any(output.shape[:1] != (len(values[whole.index(False)]),) for output in parts[-1]):
+                shapes = [output.shape for output in parts[-1]]
+                raise ValueError(
+                    f"{path.name} must get at most {rows} rows, got {count}: its outputs, of shapes {shapes}, have"
+                    " other sizes in front, and cannot be joined"
+                )
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
     return Session(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lightning_edge.surgery.batchnorm import new_constant
+from lightning_edge.surgery.capture import tensor_at
 
 _aten = torch.ops.aten
 _qd = torch.ops.quantized_decomposed
@@ -21,6 +22,7 @@ def use_delegated_operators_(graph_module: GraphModule) -> None:
     * Every second row or column (the shortcut of ResNet's option A) is a depthwise convolution of 1 x 1 with a stride.
     * Average pools are global means, or depthwise convolutions of ones where they are quantized.
     * A flattening says its size, not that of the batch; max pools say their stride.
+    * PReLU is relu(x) - weight * relu(-x): XNNPACK's own ends the process.
 
     The numbers stay the same, integers too: the weights are ones.
     """
@@ -28,6 +30,7 @@ def use_delegated_operators_(graph_module: GraphModule) -> None:
         _aten.slice.Tensor: _stride,
         _aten.avg_pool2d.default: _pool,
         _aten.flatten.using_ints: _flatten,
+        _aten.prelu.default: _prelu,
         _aten.max_pool2d.default: _spell_out_stride,
     }
     for node in list(graph_module.graph.nodes):
@@ -40,6 +43,20 @@ def use_delegated_operators_(graph_module: GraphModule) -> None:
 def _spell_out_stride(_: GraphModule, node: Node) -> None:
     if len(node.args) < 3 or not node.args[2]:
         node.args = (*node.args[:2], node.args[1], *node.args[3:])
+
+
+def _prelu(graph_module: GraphModule, node: Node) -> None:
+    source, weight = node.all_input_nodes
+    slopes = tensor_at(graph_module, weight.target).detach().neg()
+    with graph_module.graph.inserting_before(node):
+        along = new_constant(graph_module, f"{node.name}_slope", slopes.view(-1, *[1] * (node.meta["val"].ndim - 2)))
+        parts = [graph_module.graph.call_function(_aten.neg.default, (source,))]
+        parts.append(graph_module.graph.call_function(_aten.relu.default, (parts[-1],)))
+        parts.append(graph_module.graph.call_function(_aten.mul.Tensor, (parts[-1], along)))
+        positive = graph_module.graph.call_function(_aten.relu.default, (source,))
+    for part in (*parts, positive):
+        part.meta = dict(node.meta)
+    node.target, node.args = _aten.add.Tensor, (positive, parts[-1])
 
 
 def _flatten(_: GraphModule, node: Node) -> None:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -248,6 +249,11 @@ def test_openvino_runs_the_files_of_onnxruntime(tmp_path, suffix):
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
     for found, wanted in zip(first, expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    with ThreadPoolExecutor(4) as pool:  # calls from several threads do not see each other's numbers
+        inputs = [[array * factor for array in arrays] for factor in range(1, 9)]
+        together = list(pool.map(lambda few: session(*few), inputs * 20))
+    alone = [session(*few) for few in inputs] * 20
+    assert all(np.array_equal(a, b) for pair in zip(together, alone, strict=True) for a, b in zip(*pair, strict=True))
 
 
 def test_a_missing_openvino_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch):

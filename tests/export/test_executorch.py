@@ -1,6 +1,7 @@
 import sys
 import warnings
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -203,6 +204,47 @@ def test_every_layer_sum_and_pool_of_whole_networks_is_an_integer_kernel_of_onnx
     assert (operators.count("QuantizeLinear"), operators.count("DequantizeLinear")) == (1, 1)
     floats = {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "AveragePool", "GlobalAveragePool", "ReduceMean", "Clip"}
     assert not floats & set(operators)
+
+
+class Turned(nn.Module):
+    def forward(self, images, others):
+        return (images + others).t()
+
+
+def test_batches_that_cannot_be_cut_or_joined_are_refused(runtime, tmp_path):
+    rows = torch.randn(2, 3)
+    session = load_artifact(export(Turned(), tmp_path / "turned.pte", example_inputs=(rows, rows)))
+    few, many = np.ones((5, 3), np.float32), np.ones((MAX_BATCH * 2, 3), np.float32)
+    assert session(few, few).shape == (3, 5)
+    with pytest.raises(ValueError, match=r"turned\.pte must get at most 64 rows, got 128: its outputs"):
+        session(many, many)
+    with pytest.raises(ValueError, match=r"inputs of turned\.pte must have as many rows each, one or more, got"):
+        session(few, few[:3])
+    with pytest.raises(ValueError, match=r"one or more, got \{0\}"):
+        session(few[:0], few[:0])
+
+
+def test_a_damaged_program_is_named(runtime, tmp_path):
+    path = tmp_path / "damaged.pte"
+    path.write_bytes(b"no program" * 100)
+    with pytest.raises(ValueError, match=r"ExecuTorch must be able to load .*damaged\.pte, got"):
+        load_artifact(path)
+
+
+@pytest.mark.parametrize("slopes", [1, 4])
+@pytest.mark.parametrize("scheme", [None, "int8_static", "fp16"])
+def test_prelu_runs(runtime, scheme, slopes, tmp_path):
+    torch.manual_seed(0)
+    batch = torch.randn(8, 1, 8, 8)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.PReLU(slopes), nn.Flatten(), nn.Linear(144, 4), nn.PReLU(slopes)).eval()
+    with torch.no_grad():
+        net[1].weight.copy_(torch.linspace(-0.5, 0.5, slopes) if slopes > 1 else torch.tensor([0.3]))
+    quantized = net if scheme is None else quantize(net, [batch], scheme=scheme)
+    session = load_artifact(export(quantized, tmp_path / "model.pte", example_inputs=(batch,)))
+    with torch.no_grad():
+        expected = (convert(quantized) if scheme == "int8_static" else quantized)(batch)
+    torch.testing.assert_close(torch.from_numpy(session(batch.numpy())), expected, rtol=0.01, atol=0.01)
+    assert (tmp_path / "model.pte").read_bytes().count(b"XnnpackBackend") == 1
 
 
 def test_operators_that_xnnpack_leaves_are_named(runtime, images):
