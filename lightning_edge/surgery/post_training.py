@@ -129,7 +129,13 @@ def _capture_and_calibrate_(
 
 @torch.no_grad()
 def _round_(network: nn.Module, dtype: torch.dtype, *, keep: Collection[nn.Module]) -> None:
-    for layer in network.modules():
-        for parameter in layer.parameters(recurse=False) if layer not in keep else ():
+    for name, layer in network.named_modules():
+        for key, parameter in layer.named_parameters(recurse=False) if layer not in keep else ():
             if parameter.is_floating_point():
-                parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+                rounded = parameter.to(dtype)
+                if bool((rounded.isinf() & parameter.isfinite()).any()):
+                    raise ValueError(
+                        f"weights must be at most {torch.finfo(dtype).max:g} in magnitude to be rounded to {dtype}, got"
+                        f" {parameter.abs().max():g} in {f'{name}.{key}'.lstrip('.')}: name its layer by keep="
+                    )
+                parameter.copy_(rounded)
