@@ -32,7 +32,7 @@ BATCHES, BATCH_SIZE = 4, 128
 PEER, PEER_PREPROCESSED = "quantize_static", "quantize_static after pre-processing"
 
 
-class Reader(CalibrationDataReader):  # type: ignore[misc]
+class Reader(CalibrationDataReader):
     """Calibration images, as the peer reads them."""
 
     def __init__(self, batches: list[Tensor]) -> None:

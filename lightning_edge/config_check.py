@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -146,4 +146,4 @@ def _locate(name: str, target: str) -> Callable[..., Any]:
             raise ValueError(f"{name}._target_ must name something that exists, got {target!r}: {hint}") from error
     if not callable(found):
         raise ValueError(f"{name}._target_ must be callable, got {target!r}, a {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], found)

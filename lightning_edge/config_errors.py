@@ -13,7 +13,7 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from lightning_edge.config import compose, group_names, recipe_titles
 from lightning_edge.config_check import nearest

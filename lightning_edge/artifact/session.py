@@ -91,8 +91,8 @@ def load_artifact(
         ImportError: If the runtime is not installed; says how to install it.
     """
     path = Path(path)
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be a whole number, at least 1, got {threads!r}")
     if runtime not in _RUNTIMES:
         raise ValueError(f"runtime must be one of {list(_RUNTIMES)}, got {runtime!r}")
     suffixes = [".edge", ".onnx", ".pte"] if runtime is None else [".edge", ".onnx"]

@@ -163,7 +163,7 @@ class ChannelPruning(CompressionCallback):
         if stage == "fit":
             check_company(trainer, self, remove_epoch=self.remove_epoch)
         hook = partial(self._load_widths, pl_module)
-        pl_module.on_load_checkpoint = hook  # type: ignore[method-assign]
+        pl_module.on_load_checkpoint = hook  # type: ignore[method-assign]  # `teardown` takes it away
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its own hook back."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lightning_edge.surgery.batchnorm import new_constant
+from lightning_edge.surgery.batchnorm import WEIGHTED, new_constant
 from lightning_edge.surgery.capture import tensor_at
 
 _aten = torch.ops.aten
@@ -22,6 +22,8 @@ def use_delegated_operators_(graph_module: GraphModule) -> None:
     * Every second row or column (the shortcut of ResNet's option A) is a depthwise convolution of 1 x 1 with a stride.
     * Average pools are global means, or depthwise convolutions of ones where they are quantized.
     * A flattening says its size, not that of the batch; max pools say their stride.
+    * A weight that is also read by something else than a layer is two constants: XNNPACK takes the one it computes with
+      into itself, and ends the process where it transposes it too.
     * PReLU is relu(x) - weight * relu(-x): XNNPACK's own ends the process.
 
     The numbers stay the same, integers too: the weights are ones.
@@ -36,8 +38,18 @@ def use_delegated_operators_(graph_module: GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
         if node.target in rewrites:
             rewrites[node.target](graph_module, node)
+    _part_shared_constants(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
+
+
+def _part_shared_constants(graph_module: GraphModule) -> None:
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        others = [reader for reader in node.users if reader.target not in WEIGHTED]
+        for reader in others if len(others) < len(node.users) else others[1:]:
+            with graph_module.graph.inserting_before(reader):
+                value = tensor_at(graph_module, node.target).detach().clone()
+                reader.replace_input_with(node, new_constant(graph_module, f"{node.name}_copy", value))
 
 
 def _spell_out_stride(_: GraphModule, node: Node) -> None:

@@ -1,12 +1,14 @@
 """Batch norms of a captured graph: seen by the weights in training, then folded into them or a scale and a shift."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument
 
-from lightning_edge.surgery.capture import eliminate_dead_code_, tensor_at
+from lightning_edge.surgery.capture import eliminate_dead_code_, operand, tensor_at
 
 _aten = torch.ops.aten
 BATCH_NORM = _aten.batch_norm.default
@@ -72,12 +74,11 @@ def fold_into_(graph_module: GraphModule, layer: Node, norm: Node, *, bias: str 
     """
     graph = graph_module.graph
     scale, shift = scale_and_shift(graph_module, norm)
-    operand = layer.args[1]
-    assert isinstance(operand, Node)
-    name = weight_of(operand)
+    read = operand(layer, 1)
+    name = weight_of(read)
     weight = tensor_at(graph_module, name)
     offset = shift if bias is None else tensor_at(graph_module, bias) * scale + shift
-    reader = layer if operand.op == "get_attr" else operand
+    reader = layer if read.op == "get_attr" else read
     with graph.inserting_before(reader):
         folded = new_constant(graph_module, f"{name}_folded", weight * scale.reshape(-1, *[1] * (weight.ndim - 1)))
     if reader is layer:
@@ -116,7 +117,7 @@ def scale_and_shift_(graph_module: GraphModule) -> None:
 def scale_and_shift(graph_module: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
     """Return gamma / sqrt(var + eps) and beta - mean * that, of shape (channels,), of a batch norm in evaluation."""
     gamma, beta, mean, variance = (
-        tensor_at(graph_module, operand.target) if isinstance(operand, Node) else None for operand in norm.args[1:5]
+        tensor_at(graph_module, value.target) if isinstance(value, Node) else None for value in norm.args[1:5]
     )
     epsilon = norm.args[7]
     assert mean is not None
@@ -130,7 +131,7 @@ def scale_and_shift(graph_module: GraphModule, norm: Node) -> tuple[Tensor, Tens
 def weight_of(node: Node) -> str:
     """Return the name of the parameter that a weight operand is computed from."""
     while node.op != "get_attr":
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     return str(node.target)
 
 
@@ -150,13 +151,12 @@ def is_foldable(layer: object, norm: Node) -> bool:
         return False
     # A linear layer has its channels last, a batch norm second: the same only for inputs of two dimensions.
     same_channels = layer.target in CONVOLUTIONS or layer.meta["val"].ndim == 2
-    operands = [operand for operand in layer.args[1:3] if operand is not None]
+    operands = [value for value in layer.args[1:3] if value is not None]
     return same_channels and all(isinstance(node, Node) and node.op == "get_attr" for node in operands)
 
 
 def _rewrite(graph: Graph, layer: Node, norm: Node) -> None:
-    weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
-    assert isinstance(weight, Node)
+    weight, bias = operand(layer, 1), layer.args[2] if len(layer.args) > 2 else None
     gamma, variance = norm.args[1], norm.args[4]
     along_output = [1, -1, *[1] * (layer.meta["val"].ndim - 2)]
     with graph.inserting_before(layer):
@@ -181,5 +181,5 @@ def _rewrite(graph: Graph, layer: Node, norm: Node) -> None:
     norm.meta["folded_bias"] = bias.target if isinstance(bias, Node) else None
 
 
-def _call(graph: Graph, target: object, *args: object) -> Node:
-    return graph.call_function(target, args)  # type: ignore[arg-type]
+def _call(graph: Graph, target: Callable[..., Any], *args: Argument) -> Node:
+    return graph.call_function(target, args)

@@ -39,13 +39,15 @@ def calibration_inputs(
     >>> [inputs[0].shape for inputs in calibration_inputs([(torch.zeros(8, 4), torch.zeros(8))], nn.Linear(4, 2))]
     [torch.Size([8, 4])]
     """
-    if batches is not None and batches < 1:
-        raise ValueError(f"batches must be at least 1, or None for all, got {batches}")
+    if batches is not None and (not isinstance(batches, int) or batches < 1):
+        raise ValueError(f"batches must be a whole number, at least 1, or None for all, got {batches!r}")
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     index = -1
     shown = track(enumerate(islice(_loader(calibration), batches)), "calibration", total=batches, disable=not progress)
     for index, batch in shown:
         inputs = inputs_of(batch, network)
+        if inputs.rows == 0:
+            raise ValueError(f"calibration must hold batches of at least one row, got none in batch {index}")
         for value in inputs.tensors:
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"calibration must hold finite values, got NaN or infinity in batch {index}")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from lightning_edge.surgery.calls import Arguments, as_arguments, two_rows
@@ -29,13 +31,14 @@ class ModeLiteral:
     argument: int | str
     owner: str
     """Qualified name of the module whose ``training`` flag decides."""
-    in_training: object
-    in_evaluation: object
+    in_training: bool | int | float
+    in_evaluation: bool | int | float
 
 
 @contextmanager
 def keep_random_state() -> Iterator[None]:
     """Give the global generators of torch back the state they had: tracing a network may draw from them."""
+    # `is_initialized` has no types.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         yield
@@ -101,12 +104,19 @@ def capture(network: nn.Module, example_inputs: Any) -> tuple[GraphModule, tuple
     any other cannot be switched and is refused.
 
     Raises:
-        ValueError: If the network cannot be traced, or runs other operators in training than in evaluation.
+        ValueError: If the network cannot be traced, or runs other operators in training than in evaluation, or a batch
+            norm has no momentum.
 
     >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
     >>> capture(network, (torch.zeros(2, 2),))[1]
     (ModeLiteral(node='dropout', argument=2, owner='1', in_training=True, in_evaluation=False),)
     """
+    for name, norm in network.named_modules():
+        if isinstance(norm, _BatchNorm) and norm.momentum is None and norm.track_running_stats:
+            raise ValueError(
+                f"batch norms must have a momentum to be captured, got None (averages over all batches) in {name!r}:"
+                " give it one, such as 0.1"
+            )
     graph = export_graph(network, example_inputs, training=True)
     literals = tuple(_differences(graph, export_graph(network, example_inputs, training=False)))
     return graph, literals
@@ -120,12 +130,19 @@ def copy_graph(graph_module: GraphModule, memo: dict[int, object] | None = None)
         return copy.deepcopy(graph_module, memo)
 
 
-def set_literal(node: Node, argument: int | str, value: object) -> None:
+def set_literal(node: Node, argument: int | str, value: Argument) -> None:
     """Set one constant argument of a node, positional or by name."""
     if isinstance(argument, int):
-        node.update_arg(argument, value)  # type: ignore[arg-type]
+        node.update_arg(argument, value)
     else:
-        node.update_kwarg(argument, value)  # type: ignore[arg-type]
+        node.update_kwarg(argument, value)
+
+
+def operand(node: Node, index: int = 0) -> Node:
+    """Return an operand that the graph computes or reads; a constant in its place would be a mistake."""
+    value = node.args[index]
+    assert isinstance(value, Node)
+    return value
 
 
 def owner_of(node: Node) -> str:

@@ -1,6 +1,7 @@
 """A network's forward, run with fake-quantized numbers through a graph beside it."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,13 +18,13 @@ from lightning_edge.surgery.capture import ModeLiteral, copy_graph, set_literal,
 from lightning_edge.surgery.conversion import replace_fake_quantizers_
 from lightning_edge.surgery.exact_scales import odd_multiples, odd_requantization
 from lightning_edge.surgery.fakequant import requantized
+from lightning_edge.surgery.quantizer_state import has_range, load_state_, ranges_of, set_range_, set_ranges_, state_of
 from lightning_edge.surgery.quantizers import Quantizer
 from lightning_edge.surgery.taps import remove_taps_
 
 WeightBits = int | Mapping[str, int]
 """Bits of all weights, or of those whose layer's name a glob matches, the first match counting."""
 _Tensors = dict[str, Tensor | None]  # of one module: its parameters or its buffers
-_STATE = ("min_val", "max_val", "scale", "zero_point", "log_clip")
 
 
 class CapturedNetwork:
@@ -88,9 +89,18 @@ class CapturedNetwork:
             learned_steps=self.learned_steps,
         )
         twin.observers_frozen = self.observers_frozen
-        twin._rounding, twin._norms_frozen = self._rounding, self._norms_frozen
+        twin._rounding, twin._norms_frozen, twin._only = self._rounding, self._norms_frozen, self._only
         memo[id(self)] = twin
         return twin
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[nn.Module, str]]:
+        """Pickle the plain forward: hyperparameters that hold the network travel in plain checkpoints."""
+        warnings.warn(
+            f"the pickle of a quantized {type(self.network).__name__} holds its plain forward: the observers are in the"
+            " checkpoints of QuantizationAwareTraining, and export() writes the quantized network",
+            stacklevel=2,
+        )
+        return getattr, (self.network, "forward")
 
     @property
     def observers(self) -> dict[str, Quantizer]:
@@ -125,7 +135,7 @@ class CapturedNetwork:
     @property
     def calibrated(self) -> bool:
         """Whether every observer has seen data; until then activations pass unquantized in evaluation."""
-        return all(_has_range(quantizer) for quantizer in self.observers.values())
+        return all(has_range(quantizer) for quantizer in self.observers.values())
 
     @torch.no_grad()
     def observe_weights(self, example_inputs: Any) -> None:
@@ -202,11 +212,7 @@ class CapturedNetwork:
 
     def observer_state(self) -> dict[str, Tensor]:
         """Return ranges, scales and zero points as copies, by observer name."""
-        return {
-            f"{name}.{key}": value.detach().clone()
-            for name, quantizer in self.observers.items()
-            for key, value in _tensors(quantizer).items()
-        }
+        return state_of(self.observers)
 
     def load_observer_state(self, state: Mapping[str, Tensor], *, frozen: bool = False) -> None:
         """Take over the ranges of :meth:`observer_state`, whatever the shapes were.
@@ -218,31 +224,13 @@ class CapturedNetwork:
         Raises:
             ValueError: If names are missing or too many.
         """
-        expected = {f"{name}.{key}" for name in self._observers for key in _STATE}
-        missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-        if missing or unexpected:
-            raise ValueError(
-                f"observers must have the names of this network's observers, got {unexpected[:3]} that it does not "
-                f"know and no {missing[:3]}: capture the same network as the one the state was saved from"
-            )
-        with torch.inference_mode(False):  # what is made in inference mode could not be trained
-            for name, quantizer in self.observers.items():
-                for key, value in _tensors(quantizer).items():
-                    loaded = state[f"{name}.{key}"].detach().to(value.device, copy=True)
-                    if key == "log_clip":
-                        quantizer.log_clip.data = loaded
-                    else:
-                        owner = quantizer if key in ("scale", "zero_point") else quantizer.activation_post_process
-                        setattr(owner, key, loaded)
+        load_state_(self.observers, state)
         self.observers_frozen, self._flags = frozen, None
 
     def ranges(self) -> tuple[Tensor, Tensor]:
         """Return all minima and all maxima as two vectors, for ranks to agree on their minimum and maximum."""
         self._follow()
-        observers = [quantizer.activation_post_process for quantizer in self.observers.values()]
-        return torch.cat([o.min_val.reshape(-1) for o in observers]), torch.cat(
-            [o.max_val.reshape(-1) for o in observers]
-        )
+        return ranges_of(self.observers)
 
     @torch.no_grad()
     def set_ranges(self, minima: Tensor, maxima: Tensor) -> None:
@@ -251,15 +239,7 @@ class CapturedNetwork:
         Raises:
             ValueError: If the sizes differ from those that :meth:`ranges` gave.
         """
-        quantizers = list(self.observers.values())
-        sizes = [quantizer.activation_post_process.min_val.numel() for quantizer in quantizers]
-        if minima.shape != (sum(sizes),) or maxima.shape != (sum(sizes),):
-            raise ValueError(
-                f"minima and maxima must have {sum(sizes)} values, got {tuple(minima.shape)} and {tuple(maxima.shape)}"
-            )
-        pieces = zip(quantizers, torch.split(minima, sizes), torch.split(maxima, sizes), strict=True)
-        for quantizer, low, high in pieces:
-            _set_range(quantizer, low, high)
+        set_ranges_(self.observers, minima, maxima)
         self._flags = None
 
     @torch.no_grad()
@@ -271,7 +251,7 @@ class CapturedNetwork:
             low: Minimum, of the shape that the observer has.
             high: Maximum, as ``low``.
         """
-        _set_range(self.observers[name], low, high)
+        set_range_(self.observers[name], low, high)
         self._flags = None
 
     def convert(self) -> GraphModule:
@@ -300,7 +280,7 @@ class CapturedNetwork:
         device = next((tensor.device for source, _, key in self._links if (tensor := source[key]) is not None), None)
         if device is not None and device != self._device:
             self.graph_module.to(device)
-            self._move_literals(device)
+            self._move_constants(device)
             self._device = device
         flags = tuple(module.training for module in self._owners)
         if flags != self._flags:
@@ -319,16 +299,21 @@ class CapturedNetwork:
             quantizer.fixed = self.observers_frozen
             quantizer.enable_observer(observing)
             wanted = self._rounding and (self._only is None or name in self._only)
-            quantizer.enable_fake_quant(wanted and (observing or _has_range(quantizer)))
+            quantizer.enable_fake_quant(wanted and (observing or has_range(quantizer)))
 
-    def _move_literals(self, device: torch.device) -> None:
+    def _move_constants(self, device: torch.device) -> None:
         for node in self._nodes.values():
-            if isinstance(node.kwargs.get("device"), torch.device) and node.kwargs["device"] != device:
+            if node.op == "get_attr":
+                owner, _, leaf = str(node.target).rpartition(".")
+                constants = vars(self.graph_module.get_submodule(owner))
+                if isinstance(constants.get(leaf), Tensor):  # neither a parameter nor a buffer: a literal of forward
+                    constants[leaf] = constants[leaf].to(device)
+            elif isinstance(node.kwargs.get("device"), torch.device) and node.kwargs["device"] != device:
                 node.update_kwarg("device", device)
                 self._flags = None
 
     def _check_calibrated(self, verb: str) -> None:
-        blank = [name for name, quantizer in self.observers.items() if not _has_range(quantizer)]
+        blank = [name for name, quantizer in self.observers.items() if not has_range(quantizer)]
         if blank:
             raise ValueError(
                 f"observers must have seen data before they are {verb}, got none at {blank[:3]}: "
@@ -346,35 +331,9 @@ def _links(network: nn.Module, graph_module: GraphModule) -> Iterator[tuple[_Ten
             yield from ((source, target, key) for key in target if key in source)
 
 
-def _tensors(quantizer: Quantizer) -> dict[str, Tensor]:
-    observer = quantizer.activation_post_process
-    return {
-        "min_val": observer.min_val,
-        "max_val": observer.max_val,
-        "scale": quantizer.scale,
-        "zero_point": quantizer.zero_point,
-        "log_clip": quantizer.log_clip,
-    }
-
-
 def _single(value: object) -> object:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _told(observe: Callable[[str, Tensor], None], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     return lambda _, inputs: observe(name, inputs[0])
-
-
-def _set_range(quantizer: Quantizer, low: Tensor, high: Tensor) -> None:
-    observer = quantizer.activation_post_process
-    observer.min_val.copy_(low.view_as(observer.min_val))
-    observer.max_val.copy_(high.view_as(observer.max_val))
-    if _has_range(quantizer):
-        scale, zero_point = quantizer.calculate_qparams()
-        quantizer.scale.copy_(scale)
-        quantizer.zero_point.copy_(zero_point)
-
-
-def _has_range(quantizer: Quantizer) -> bool:
-    low = quantizer.activation_post_process.min_val
-    return low.numel() > 0 and bool(torch.isfinite(low).all())

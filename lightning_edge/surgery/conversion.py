@@ -1,11 +1,13 @@
 """From fake quantizers to integers: int8 weights, quantize-dequantize pairs, biases of whole steps."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lightning_edge.surgery.batchnorm import WEIGHTED, new_constant
-from lightning_edge.surgery.capture import GUARDS, eliminate_dead_code_, tensor_at
+from lightning_edge.surgery.capture import GUARDS, eliminate_dead_code_, operand, tensor_at
 from lightning_edge.surgery.exact_scales import odd_requantization
 from lightning_edge.surgery.fakequant import DROPOUTS, JOINTS, requantized, selects
 from lightning_edge.surgery.quantizers import ActivationQuantizer, WeightQuantizer
@@ -69,8 +71,7 @@ def replace_fake_quantizers_(graph_module: GraphModule) -> None:
 def _integer_weight(
     graph_module: GraphModule, node: Node, quantizer: WeightQuantizer, around: tuple[float, float] | None
 ) -> Node:
-    value = node.args[0]
-    assert isinstance(value, Node)
+    value = operand(node)
     assert value.op == "get_attr", "weights are constants once batch norms are folded"
     name = str(value.target).removesuffix("_folded")
     integers, scale = _rounded(tensor_at(graph_module, value.target).detach(), quantizer, around)
@@ -117,7 +118,7 @@ def _round_bias(graph_module: GraphModule, layer: Node) -> None:
     data, weight, bias = (*layer.args[:3], None)[:3]
     if not (_is_dequantized(data) and _is_integer_weight(weight) and isinstance(bias, Node) and bias.op == "get_attr"):
         return
-    integers, scale = (tensor_at(graph_module, constant.target) for constant in weight.args[:2])  # type: ignore[union-attr]
+    integers, scale = (tensor_at(graph_module, operand(weight, index).target) for index in (0, 1))
     values = tensor_at(graph_module, bias.target).detach()
     excess = (values.abs() / (_step(data) * scale.double()) / _LARGEST_BIAS).clamp(min=1.0)
     integers.copy_(torch.round(integers / excess.reshape(-1, *[1] * (integers.ndim - 1))))
@@ -129,11 +130,13 @@ def _round_bias(graph_module: GraphModule, layer: Node) -> None:
     layer.update_arg(2, stored)
 
 
-def _step(data: object) -> float:
-    return float(data.args[1])  # type: ignore[attr-defined]
+def _step(data: Node) -> float:
+    step = data.args[1]
+    assert isinstance(step, float)
+    return step
 
 
-def _is_integer_weight(value: object) -> bool:
+def _is_integer_weight(value: object) -> TypeGuard[Node]:
     return isinstance(value, Node) and value.target is _qd.dequantize_per_channel.default
 
 
@@ -145,7 +148,7 @@ def _pair(node: Node, quantizer: ActivationQuantizer) -> Node:
 
 def _repeat_pair(node: Node) -> None:
     """Quantize a selection of quantized values with their scale: it changes none, and runtimes stay in integers."""
-    limits = node.args[0].args[1:]  # type: ignore[union-attr]
+    limits = operand(node).args[1:]
     with node.graph.inserting_after(node):
         integers = node.graph.call_function(_qd.quantize_per_tensor.default, (node, *limits))
     with node.graph.inserting_after(integers):
@@ -159,8 +162,7 @@ def _share_scale(joint: Node) -> None:
     if reader.target is not _qd.quantize_per_tensor.default:
         return
     limits = reader.args[1:]
-    for value in dict.fromkeys(joint.args[0]):  # type: ignore[arg-type]
-        assert isinstance(value, Node)
+    for value in joint.all_input_nodes:
         if _is_dequantized(value) and value.args[1:] == limits:
             continue
         with joint.graph.inserting_before(joint):
@@ -176,12 +178,12 @@ def _copy_for_each_reader(node: Node) -> None:
             reader.replace_input_with(node, node.graph.node_copy(node))
 
 
-def _is_dequantized(value: object) -> bool:
+def _is_dequantized(value: object) -> TypeGuard[Node]:
     return isinstance(value, Node) and value.target is _qd.dequantize_per_tensor.default
 
 
 def _is_counter(node: Node) -> bool:
-    return node.target is _aten.add_.Tensor and str(node.args[0].target).endswith("num_batches_tracked")  # type: ignore[union-attr]
+    return node.target is _aten.add_.Tensor and str(operand(node).target).endswith("num_batches_tracked")
 
 
 def _forget_unused_tensors(graph_module: GraphModule) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lightning_edge.surgery.batchnorm import WEIGHTED, weight_of
-from lightning_edge.surgery.capture import GUARDS
+from lightning_edge.surgery.capture import GUARDS, operand
 from lightning_edge.surgery.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 
 _aten = torch.ops.aten
@@ -70,7 +70,8 @@ def insert_fake_quantizers_(
     values = dict(_quantized_values(graph_module, pairs, keep))
     if not any(is_weight for is_weight in values.values()):
         raise ValueError(
-            "network must have a convolution (1-D, 2-D) or linear layer to quantize, got none in its graph"
+            "network must have a convolution (1-D, 2-D) or linear layer to quantize, got none in its graph: weights"
+            " that are computed, as by weight_norm, stay in float (remove_parametrizations makes them plain)"
         )
     names: dict[str, str] = {}
     for index, (value, is_weight) in enumerate(values.items()):
@@ -79,14 +80,15 @@ def insert_fake_quantizers_(
         quantizer: Quantizer = (
             WeightQuantizer(bits=(bits or {}).get(name, 8), learned=learned)
             if is_weight
-            else ActivationQuantizer(learned=learned)
+            else ActivationQuantizer(name, learned=learned)
         )
         graph_module.add_submodule(path, quantizer)
         with graph_module.graph.inserting_after(value):
             call = graph_module.graph.call_module(path, (value,))
-        readers = [user for user in value.users if user is not call and user.target != GUARDS]
-        for reader in readers:
-            reader.replace_input_with(value, call)
+        for reader in list(value.users):
+            # An embedding that is tied to the weight, or an output, reads it as it is.
+            if reader is not call and reader.target != GUARDS and (not is_weight or reader.target in WEIGHTED):
+                reader.replace_input_with(value, call)
         names[f"{name}.{value.name}" if name in names else name] = path
     graph_module.recompile()
     return names
@@ -127,8 +129,8 @@ def _quantized_values(
             if weight_of(node.args[1]) in keep:
                 continue
             yield from (_source(node.args[0]), (node.args[1], True), _result(pairs.get(node, node)))
-        elif node.target in _SUMS and node not in ours and all(_is_image(operand) for operand in node.args[:2]):
-            yield from (*(_source(operand) for operand in node.args[:2]), _result(node))
+        elif node.target in _SUMS and node not in ours and all(_is_image(value) for value in node.args[:2]):
+            yield from (*(_source(operand(node, index)) for index in (0, 1)), _result(node))
         elif node.target in _AVERAGES:
             yield from (_source(node.args[0]), _result(node))
         elif node.target in JOINTS and _is_image(node):
@@ -138,7 +140,7 @@ def _quantized_values(
 def _source(value: Node) -> tuple[Node, bool]:
     """Where this operand was made: what only selects values, and dropout, is seen through."""
     while selects(value) or value.target in DROPOUTS:
-        value = value.args[0]  # type: ignore[assignment]
+        value = operand(value)
     while (result := _result(value)[0]) is not value:
         value = result
     return value, False
@@ -172,6 +174,6 @@ def _is_image(value: object) -> bool:
 
 
 def _is_weight(value: object) -> bool:
-    while isinstance(value, Node) and value.target is _aten.mul.Tensor and value.args[0].op == "get_attr":  # type: ignore[union-attr]
-        value = value.args[0]
+    while isinstance(value, Node) and value.target is _aten.mul.Tensor and operand(value).op == "get_attr":
+        value = operand(value)
     return isinstance(value, Node) and value.op == "get_attr"

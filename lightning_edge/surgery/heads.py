@@ -88,7 +88,7 @@ def narrow_(attention: nn.Module, heads: int) -> None:
     if isinstance(attention, nn.MultiheadAttention) and heads < attention.num_heads:
         attention.__class__ = NarrowAttention
         attention._qkv_same_embed_dim = False  # keeps an encoder layer from its fused path, which reads the weights
-    attention.num_heads = heads  # type: ignore[assignment]
+    attention.num_heads = heads  # type: ignore[assignment]  # to mypy a module's attributes are tensors and modules
 
 
 def head_groups(network: nn.Module) -> Iterator[tuple[str, str, dict[Side, Tensor]]]:

@@ -54,7 +54,7 @@ class DynamicIntegerLinear(IntegerLinear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return inputs x weight + bias."""
-        rows = inputs.flatten(0, -2)
+        rows = inputs.flatten(0, -2) if inputs.ndim > 1 else inputs.unsqueeze(0)
         steps = (rows.abs().amax(1, keepdim=True) / _HALF_RANGE).clamp(min=torch.finfo(rows.dtype).eps)
         integers = torch.round(rows / steps).clamp(-128, 127).to(torch.int8)
         sums = torch._int_mm(integers, self.weight.t()).to(rows.dtype)
@@ -87,6 +87,8 @@ def integer_linear_(
             f"scheme {scheme!r} quantizes linear layers inside of a network, got a {type(network).__name__} without"
             " any that is not kept: a lone layer goes into nn.Sequential"
         )
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
     for name, layer in layers.items():
         if scheme == "int4_weight_only" and layer.in_features % group_size:
             raise ValueError(
@@ -106,13 +108,13 @@ def _config(scheme: LinearScheme, group_size: int) -> Int8DynamicActivationInt8W
         return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     if scheme == "int8_weight_only":
         return IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-    int4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+    int4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch does not declare it
     return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(group_size))
 
 
 def _replacement(layer: nn.Linear, scheme: LinearScheme) -> nn.Module:
     weight = layer.weight
-    integers, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    integers, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]  # torchao's tensor
     bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
     if scheme == "int8_dynamic":
         return DynamicIntegerLinear(integers.clone(), scale.flatten().clone(), bias)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_edge.surgery.calibration import BATCHES, calibrate_, calibration_inputs
 from lightning_edge.surgery.calls import Arguments
+from lightning_edge.surgery.captured import CapturedNetwork
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.integer_linear import LinearScheme, integer_linear_
 from lightning_edge.surgery.observers import RangeObserver
@@ -74,8 +75,8 @@ def quantize(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If an argument is unknown, a pattern matches no layer, there is no calibration data, or the network
-            cannot be captured.
+        ValueError: If an argument is unknown, a pattern matches no layer, there is no calibration data, the network is
+            quantized already or not in float32, or it cannot be captured.
 
     >>> network = quantize(nn.Linear(4, 3), [torch.randn(8, 4)]); network(torch.zeros(1, 4)).shape
     torch.Size([1, 3])
@@ -84,17 +85,19 @@ def quantize(
         raise ValueError(f"scheme must be one of {list(FILES)}, got {scheme!r}")
     if target not in TARGETS:
         raise ValueError(f"target must be one of {list(TARGETS)}, got {target!r}")
-    network = copied(module).eval()
-    kept = set(select_layers(network, keep, argument="keep").values())
-    if scheme in _ROUNDED:
-        _round_(network, _ROUNDED[scheme], keep=kept)
-    elif scheme in get_args(LinearScheme):
-        integer_linear_(network, cast(LinearScheme, scheme), group_size=group_size, keep=kept)
-    else:
-        if calibration is None:
-            raise ValueError("calibration must be given for the scheme 'int8_static', got None: a few training batches")
-        inputs = calibration_inputs(calibration, network, batches=batches, progress=progress)
-        _capture_and_calibrate_(network, inputs, observer, keep)
+    if scheme == "int8_static" and calibration is None:
+        raise ValueError("calibration must be given for the scheme 'int8_static', got None: a few training batches")
+    _check_float(module)
+    with torch.inference_mode(False):  # what is made in inference mode can neither be traced nor trained
+        network = copied(module).eval()
+        kept = set(select_layers(network, keep, argument="keep").values())
+        if scheme in _ROUNDED:
+            _round_(network, _ROUNDED[scheme], keep=kept)
+        elif scheme in get_args(LinearScheme):
+            integer_linear_(network, cast(LinearScheme, scheme), group_size=group_size, keep=kept)
+        else:
+            inputs = calibration_inputs(calibration, network, batches=batches, progress=progress)
+            _capture_and_calibrate_(network, inputs, observer, keep)
     vars(network)[SCHEME] = scheme
     return network
 
@@ -115,6 +118,16 @@ def check_exportable(module: nn.Module, suffix: str) -> str | None:
             f" {suffix!r}, which takes the schemes {can}"
         )
     return None if scheme is None else str(scheme)
+
+
+def _check_float(module: nn.Module) -> None:
+    if isinstance(vars(module).get("forward"), CapturedNetwork) or SCHEME in vars(module):
+        raise ValueError(f"module must be a network in float, got a {type(module).__name__} that is quantized already")
+    for name, weight in module.named_parameters():
+        if weight.is_floating_point() and weight.dtype != torch.float32:
+            raise ValueError(
+                f"module must have its weights in float32, got {weight.dtype} in {name!r}: module.float() converts them"
+            )
 
 
 def _capture_and_calibrate_(

@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import nn
 
 from lightning_edge.surgery.calibration import BATCHES
+from lightning_edge.surgery.capture import tensor_at
 from lightning_edge.surgery.captured import CapturedNetwork
 from lightning_edge.surgery.observers import RangeObserver
 from lightning_edge.surgery.post_training import quantize
@@ -143,8 +144,8 @@ def quantization_sensitivity(
     layers = captured.values_of_layers()
     for layer, values in track(layers.items(), "sensitivity", disable=not progress):
         if layer not in known:
-            size = network.get_submodule(layer).weight.numel()  # type: ignore[operator]
-            known[layer] = QuantizationSensitivityRow(layer, int(size), measured(values))
+            size = tensor_at(network, f"{layer}.weight").numel()
+            known[layer] = QuantizationSensitivityRow(layer, size, measured(values))
             _write(kept, header, known)
     rows = tuple(known[layer] for layer in layers)
     return QuantizationSensitivityReport(rows, dense, quantized, higher_is_better)
@@ -207,7 +208,7 @@ def _read(path: Path, header: dict[str, float]) -> dict[str, QuantizationSensiti
         raise ValueError(
             f"path must be a new file or one that quantization_sensitivity wrote, got {path}: choose another name"
         ) from error
-    if found != header:
+    if json.dumps(found) != json.dumps(header):  # as text: a metric may be NaN
         raise ValueError(
             f"path must hold rows of this network, data and metric, got {path} with {found} where {header} was"
             " measured now: remove the file, or choose another name"

@@ -104,19 +104,20 @@ class WeightQuantizer(FakeQuantize):  # type: ignore[misc]  # torchao has no typ
         return clip
 
 
-class ActivationQuantizer(FakeQuantize):  # type: ignore[misc]
+class ActivationQuantizer(FakeQuantize):  # type: ignore[misc]  # as above
     """Rounds an activation to int8, with a moving average of the ranges seen in training.
 
     The step is that of the range times ``exp(log_clip)``, with the same zero point.
 
     Args:
+        name: Of the operator that makes it, for messages.
         learned: As for :class:`WeightQuantizer`.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, *, learned: bool = False) -> None:
+    def __init__(self, name: str = "", *, learned: bool = False) -> None:
         super().__init__(
             observer=MovingAverageMinMaxObserver,
             dtype=torch.int8,
@@ -125,7 +126,7 @@ class ActivationQuantizer(FakeQuantize):  # type: ignore[misc]
             qscheme=torch.per_tensor_affine,
             eps=2**-12,  # XNNPACK's limit on the ratio of scales
         )
-        self.learned, self.fixed = learned, False
+        self.name, self.learned, self.fixed = name, learned, False
         self.log_clip = nn.Parameter(torch.zeros(1), requires_grad=learned)
 
     def forward(self, values: Tensor) -> Tensor:
@@ -143,15 +144,25 @@ class ActivationQuantizer(FakeQuantize):  # type: ignore[misc]
         return self._rounded(wide, scale, zero_point).to(values.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Return step and zero point, of shape (1,), of the range and the clip as they are now."""
-        scale, zero_point = super().calculate_qparams()
+        """Return step and zero point, of shape (1,), of the range and the clip as they are now.
+
+        Raises:
+            ValueError: If NaN was seen.
+        """
+        try:
+            scale, zero_point = super().calculate_qparams()
+        except AssertionError as error:  # torchao's: a minimum that is not below the maximum
+            raise ValueError(
+                f"activations must be numbers to be quantized, got NaN at {self.name!r}: has training diverged? A lower"
+                " learning rate or gradient_clip_val keeps it from that"
+            ) from error
         return self.log_clip.exp() * scale, zero_point
 
     def _rounded(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         limits = (self.quant_min, self.quant_max)
         if values.is_cpu:
             zero = int(zero_point)
-            rounded: Tensor = _Rounding.apply(  # type: ignore[no-untyped-call]
+            rounded: Tensor = _Rounding.apply(  # type: ignore[no-untyped-call]  # torch's has no types
                 values, scale, self.quant_min - zero, self.quant_max - zero
             )
             return rounded

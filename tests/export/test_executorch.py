@@ -247,6 +247,37 @@ def test_prelu_runs(runtime, scheme, slopes, tmp_path):
     assert (tmp_path / "model.pte").read_bytes().count(b"XnnpackBackend") == 1
 
 
+class Shared(nn.Module):
+    """The weight of a layer is read by something else too."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.layer, self.read = nn.Linear(4, 4), read
+
+    def forward(self, rows):
+        return self.read(self.layer(rows), self.layer.weight)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda hidden, weight: hidden @ weight.t(),
+        lambda hidden, weight: hidden * weight.abs().sum(1),
+        lambda hidden, weight: (hidden, weight),
+        lambda hidden, weight: (hidden, weight, weight.t()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:every operator must run in XNNPACK")
+def test_a_weight_may_be_read_beside_its_layer(runtime, read, tmp_path):
+    net, rows = Shared(read).eval(), torch.randn(3, 4)
+    found = load_artifact(export(net, tmp_path / "shared.pte", example_inputs=(rows,)))(rows.numpy())
+    with torch.no_grad():
+        expected = net(rows)
+    found, expected = (values if isinstance(values, tuple | list) else [values] for values in (found, expected))
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs.detach().numpy(), atol=1e-5)
+
+
 def test_operators_that_xnnpack_leaves_are_named(runtime, images):
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Softplus())
     with pytest.warns(

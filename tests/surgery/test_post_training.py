@@ -238,8 +238,15 @@ def test_what_cannot_work_is_refused():
         quantize(network(), [images(), images() * float("nan")])
     with pytest.raises(ValueError, match="for one batch write \\[batch\\]"):
         quantize(network(), images())
-    with pytest.raises(ValueError, match="batches must be at least 1"):
+    with pytest.raises(ValueError, match="batches must be a whole number, at least 1"):
         quantize(network(), [images()], batches=0)
+    with pytest.raises(ValueError, match="got 1.5"):
+        quantize(network(), [images()], batches=1.5)
+    with pytest.raises(ValueError, match="batches of at least one row, got none in batch 1"):
+        quantize(network(), [images(), images()[:0]])
+
+
+def test_layers_that_cannot_be_quantized_are_refused():
     with pytest.raises(ValueError, match="keep must match a linear or convolution layer, got 'fc9'"):
         quantize(network(), [images()], keep=["fc9"])
     with pytest.raises(ValueError, match="got the string 'fc1': write \\['fc1'\\]"):
@@ -250,7 +257,66 @@ def test_what_cannot_work_is_refused():
         quantize(network(), scheme="fp16", keep=["fc9"])
     with pytest.raises(ValueError, match="group_size must divide in_features=256, got 48, layer 'fc1'"):
         quantize(network(), scheme="int4_weight_only", group_size=48)
+    with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
+        quantize(network(), scheme="int4_weight_only", group_size=0)
+    with pytest.raises(ValueError, match="weights in float32, got torch.float64 in"):
+        quantize(network().double(), [images()])
+    with pytest.raises(ValueError, match="computed, as by weight_norm"):
+        quantize(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), [torch.zeros(2, 4)])
+    with pytest.raises(ValueError, match="must have a momentum to be captured, got None .* in '1'"):
+        quantize(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)), [torch.zeros(2, 4)])
     with pytest.raises(ValueError, match="a lone layer goes into nn.Sequential"):
         quantize(nn.Linear(4, 4), scheme="int8_weight_only")
     with pytest.raises(ValueError, match="quantizes linear layers"):
         quantize(nn.Sequential(nn.Conv2d(1, 1, 1)), scheme="int8_dynamic")
+
+
+@pytest.mark.parametrize("first", FILES)
+@pytest.mark.parametrize("second", FILES)
+def test_a_quantized_network_is_not_quantized_again(first, second):
+    once = quantize(network(), [images()], scheme=first)
+    with pytest.raises(ValueError, match="must be a network in float, got a DigitsNet that is quantized already"):
+        quantize(once, [images()], scheme=second)
+
+
+def test_networks_are_quantized_in_inference_mode_too():
+    with torch.inference_mode():
+        quantized = quantize(network(), [images()])
+    quantized.train()(images()).sum().backward()
+    assert quantized.conv1.weight.grad is not None
+
+
+def test_a_single_row_without_a_batch_is_quantized_as_it_comes():
+    layers, row = nn.Sequential(nn.Linear(4, 3)), torch.randn(4)
+    quantized = quantize(layers, scheme="int8_dynamic")
+    assert torch.equal(quantized(row), quantized(row.unsqueeze(0))[0])
+
+
+class Tied(nn.Module):
+    """The output layer has the weight of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.layer(self.embedding(tokens)))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pte"])
+@pytest.mark.parametrize("scheme", [None, "int8_static"])
+@pytest.mark.filterwarnings("ignore:every operator must run in XNNPACK")  # an embedding does not
+def test_an_embedding_that_is_tied_to_a_layer_reads_the_weight_as_it_is(suffix, scheme, tmp_path):
+    if suffix == ".pte":
+        pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    net, tokens = Tied().eval(), torch.randint(0, 16, (4, 5))
+    quantized = net if scheme is None else quantize(net, [tokens], scheme=scheme)
+    with torch.no_grad():
+        logits = quantized(tokens)
+    found = load_artifact(export(quantized, tmp_path / f"tied{suffix}", example_inputs=(tokens,)))(tokens.numpy())
+    np.testing.assert_allclose(found, logits.numpy(), atol=1e-5)
+    if scheme is not None:
+        embedding = next(node for node in quantized.forward.graph_module.graph.nodes if "embedding" in str(node.target))
+        assert embedding.args[0].op == "get_attr"

@@ -401,6 +401,47 @@ def test_control_flow_on_values_is_refused_with_its_cause(capfd):
         capture_(Branch(), (torch.zeros(2, 2),))
 
 
+def test_a_pickle_holds_the_plain_network_and_says_so(trained, images, tmp_path):
+    network, _ = trained
+    with pytest.warns(UserWarning, match="holds its plain forward: the observers are in the checkpoints"):
+        torch.save(network, tmp_path / "network.pt")
+    twin = torch.load(tmp_path / "network.pt", weights_only=False)
+    release_(network)
+    assert torch.equal(twin.eval()(images), network.eval()(images))
+    capture_(copy.deepcopy(twin), (images,))
+
+
+def test_a_copy_quantizes_the_same_values(trained, images):
+    network, captured = trained
+    network.eval()
+    with captured.quantizing_only(["conv.weight"]):
+        twin = copy.deepcopy(network)
+        assert torch.equal(twin(images), network(images))
+    assert not torch.equal(twin(images), network(images))
+
+
+class Literal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, values):
+        return self.layer(values) * torch.tensor([1.0, 2.0], device=values.device)
+
+
+def test_literals_of_the_forward_follow_the_network_to_its_device():
+    captured = capture_(Literal(), (torch.zeros(2, 2),))
+    captured._move_constants(torch.device("meta"))
+    literals = [value for value in vars(captured.graph_module).values() if isinstance(value, torch.Tensor)]
+    assert [value.device.type for value in literals] == ["meta"]
+
+
+def test_activations_that_are_no_numbers_are_named(network, images):
+    capture_(network, (images,))
+    with pytest.raises(ValueError, match="must be numbers to be quantized, got NaN at 'images'"):
+        network.train()(images * float("nan"))
+
+
 def test_misuse_is_refused(network, images):
     with pytest.raises(ValueError, match="must be a tuple of tensors with a batch dimension"):
         capture_(network, ())

@@ -56,6 +56,20 @@ def test_a_second_call_goes_on_where_the_first_was_interrupted(tmp_path):
     assert resumed == report_of(network)
 
 
+def test_a_metric_that_is_no_number_can_be_gone_on_with(tmp_path):
+    network, path = nn.Sequential(nn.Linear(4, 2)), tmp_path / "rows.json"
+    batch, calls = torch.randn(4, 4), []
+
+    def evaluate(other):
+        calls.append(1)
+        with torch.no_grad():
+            return 0.0 if torch.equal(other(batch), network(batch)) else math.nan
+
+    for count in (3, 5):  # float, int8, and the layer; then the first two
+        quantization_sensitivity(network, [batch], evaluate, path=path)
+        assert len(calls) == count
+
+
 def test_rows_of_another_network_or_another_file_are_refused(tmp_path):
     path = tmp_path / "rows.json"
     report_of(trained(), path=path)
