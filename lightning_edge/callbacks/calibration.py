@@ -17,8 +17,8 @@ from lightning_edge.surgery.calibration import BATCHES, calibrate_
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.equalization import equalize_
 from lightning_edge.surgery.observers import RangeObserver, observer_factory
-from lightning_edge.surgery.quantization import CapturedNetwork, capture_
-from lightning_edge.surgery.selection import find_network, select_weights
+from lightning_edge.surgery.quantization import CapturedNetwork, capture_, release_if_captured_
+from lightning_edge.surgery.selection import find_network, select_layers, select_weights
 
 
 class PostTrainingQuantization(L.Callback):
@@ -61,10 +61,11 @@ class PostTrainingQuantization(L.Callback):
         progress: bool = True,
         network: str | None = None,
     ) -> None:
-        if batches is not None and batches < 1:
-            raise ValueError(f"batches must be at least 1, or None for all, got {batches}")
+        if batches is not None and (not isinstance(batches, int) or batches < 1):
+            raise ValueError(f"batches must be a whole number, at least 1, or None for all, got {batches!r}")
         observer_factory(observer)
-        self.batches, self.observer, self.keep = batches, observer, tuple(keep)
+        self.batches, self.observer = batches, observer
+        self.keep = keep if isinstance(keep, str) else tuple(keep)  # a string is refused at setup
         self.equalize, self.correct_bias, self.seed = equalize, correct_bias, seed
         self.progress, self.network = progress, network
         self._captured: CapturedNetwork | None = None
@@ -79,6 +80,7 @@ class PostTrainingQuantization(L.Callback):
     def check(self, network: nn.Module, *, max_epochs: float) -> None:
         """Raise a ValueError if there is nothing to quantize, or ``keep`` matches no layer."""
         check_has_forward(network)
+        select_layers(network, self.keep, argument="keep")
         select_weights(network, exclude=self.keep)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -111,6 +113,12 @@ class PostTrainingQuantization(L.Callback):
                 "callbacks must hold PostTrainingQuantization before ExportArtifacts, got the other order: the files"
                 " would be those of the float network"
             )
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compute in float with a checkpoint that was saved before the network was quantized."""
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            self._captured = self._observers = None
+            release_if_captured_(find_network(pl_module, self.network))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the ranges back when a checkpoint is validated."""

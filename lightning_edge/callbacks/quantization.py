@@ -14,8 +14,8 @@ from lightning_edge.surgery.calibration import calibrate_
 from lightning_edge.surgery.capture import capture, keep_random_state
 from lightning_edge.surgery.captured import WeightBits
 from lightning_edge.surgery.learned_steps import LearnedSteps
-from lightning_edge.surgery.quantization import CapturedNetwork, bits_of_weights, capture_, release_
-from lightning_edge.surgery.selection import find_network, select_weights
+from lightning_edge.surgery.quantization import CapturedNetwork, bits_of_weights, capture_, release_if_captured_
+from lightning_edge.surgery.selection import find_network, select_layers, select_weights
 
 
 class QuantizationAwareTraining(CompressionCallback):
@@ -26,14 +26,15 @@ class QuantizationAwareTraining(CompressionCallback):
     stays registered under its own names: checkpoints, optimizers, DDP, averaging, pruning and sharing work on it as
     ever. The ranges of the observers live in this callback's state. After the fit the network keeps computing with
     fake-quantized numbers, so that ``trainer.test`` measures the int8 network; ``surgery.quantization.release_`` puts
-    the plain one back.
+    the plain one back. The network must be called alike every time: the batch may vary, other sizes and which
+    arguments are given may not.
 
     Args:
         start_epoch: Zero-based epoch from which ranges are observed, and numbers rounded.
         quantize_epoch: Epoch from which numbers are rounded, if later: until then observers watch the float network.
         freeze_observers_epoch: Epoch from which ranges and steps stay as they are, ``start_epoch`` at the earliest, if
             there is a calibration; the default is never. Scales are exact from then on, see
-            ``surgery.exact_scales``: the files give the very integers of the validation.
+            ``surgery.exact_scales``: every runtime gives the integers of ``surgery.quantization.convert``.
         freeze_batch_norm_epoch: Epoch from which batch norms use, and keep, their running statistics; the default is
             never.
         weight_bits: 8, 4, or globs over names of layers to these, the first match counting:
@@ -71,11 +72,21 @@ class QuantizationAwareTraining(CompressionCallback):
         seed: int = 0,
         network: str | None = None,
     ) -> None:
+        epochs = {
+            "start_epoch": start_epoch,
+            "quantize_epoch": quantize_epoch,
+            "freeze_observers_epoch": freeze_observers_epoch,
+            "freeze_batch_norm_epoch": freeze_batch_norm_epoch,
+        }
+        for name, epoch in epochs.items():
+            if not isinstance(epoch, int) and (epoch is not None or name == "start_epoch"):
+                raise ValueError(f"{name} must be a whole number, got {epoch!r}")
         if not isinstance(calibration_batches, int) or calibration_batches < 0:
             raise ValueError(f"calibration_batches must be a whole number >= 0, got {calibration_batches}")
         if start_epoch < 0:
             raise ValueError(f"start_epoch must be >= 0, got {start_epoch}")
-        for name, epoch in (("quantize_epoch", quantize_epoch), ("freeze_batch_norm_epoch", freeze_batch_norm_epoch)):
+        for name in ("quantize_epoch", "freeze_batch_norm_epoch"):
+            epoch = epochs[name]
             if epoch is not None and epoch < start_epoch:
                 raise ValueError(f"{name} must be at least start_epoch={start_epoch}, got {epoch}")
         first = start_epoch if calibration_batches else start_epoch + 1
@@ -89,7 +100,10 @@ class QuantizationAwareTraining(CompressionCallback):
         self.quantize_epoch = start_epoch if quantize_epoch is None else quantize_epoch
         self.freeze_batch_norm_epoch = freeze_batch_norm_epoch
         self.weight_bits, self.learned_steps = weight_bits, learned_steps
-        self.keep, self.network = tuple(keep), network
+        self.keep, self.network = (
+            keep if isinstance(keep, str) else tuple(keep),
+            network,
+        )  # a string is refused at setup
         self.calibration_batches, self.seed = calibration_batches, seed
         self.reset()
 
@@ -124,6 +138,7 @@ class QuantizationAwareTraining(CompressionCallback):
                 raise ValueError(f"{name} must be below max_epochs={max_epochs:g} (zero-based), got {epoch}")
         check_has_forward(network)
         bits_of_weights(network, self.weight_bits)
+        select_layers(network, self.keep, argument="keep")
         select_weights(network, exclude=self.keep)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -132,12 +147,19 @@ class QuantizationAwareTraining(CompressionCallback):
         if stage == "fit":
             require_float32_weights(trainer)
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compute in float with a checkpoint that was saved before the start."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            self._captured, self._saved = None, {}
+            release_if_captured_(find_network(pl_module, self.network))
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on from the observers of a resumed run; else see what the network's inputs look like."""
         super().on_fit_start(trainer, pl_module)
         network = find_network(pl_module, self.network)
-        if trainer.current_epoch < self.start_epoch and isinstance(vars(network).get("forward"), CapturedNetwork):
-            release_(network)  # of an earlier fit
+        if trainer.current_epoch < self.start_epoch:
+            release_if_captured_(network)  # by an earlier fit
         self._resume(pl_module)
         if self._captured is None:
             self._inputs.watch(network)
@@ -222,8 +244,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _capture(self, pl_module: L.LightningModule) -> None:
         network, saved = find_network(pl_module, self.network), self._saved
-        if isinstance(vars(network).get("forward"), CapturedNetwork):
-            release_(network)  # of an earlier run of the same module
+        release_if_captured_(network)  # by an earlier run of the same module
         self._captured = capture_(
             network,
             self._inputs.example(pl_module.device),  # capturing reads shapes and types alone

@@ -83,6 +83,8 @@ def export_graph(network: nn.Module, example_inputs: Any, *, training: bool) -> 
     >>> export_graph(nn.Linear(2, 3), (torch.zeros(4, 2),), training=False)(torch.zeros(7, 2)).shape
     torch.Size([7, 3])
     """
+    if hasattr(vars(network).get("forward"), "graph_module"):
+        raise ValueError(f"network must compute in float, got a {type(network).__name__} that is quantized already")
     inputs = two_rows(as_arguments(network, example_inputs))
     batch = torch.export.Dim("batch", min=1)
     sizes = inputs.batched(lambda _: {0: batch})

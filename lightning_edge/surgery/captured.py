@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from lightning_edge.surgery.batchnorm import fold_, scale_and_shift_
-from lightning_edge.surgery.calls import arguments_of, as_arguments
+from lightning_edge.surgery.calls import Arguments, arguments_of, as_arguments
 from lightning_edge.surgery.capture import ModeLiteral, copy_graph, set_literal, tensor_at, training_flags
 from lightning_edge.surgery.conversion import replace_fake_quantizers_
 from lightning_edge.surgery.exact_scales import odd_multiples, odd_requantization
@@ -72,9 +71,23 @@ class CapturedNetwork:
         inputs = arguments_of(self.network, args, kwargs)
         self._follow()
         if self.network.training or self._device is None:
-            return self.graph_module(*inputs, **inputs.named)
+            return self._run(inputs)
         with torch.autocast(self._device.type, enabled=False):
-            return self.graph_module(*tree_map(_single, tuple(inputs)), **tree_map(_single, dict(inputs.named)))
+            return self._run(inputs.map(_single))
+
+    def _run(self, inputs: Arguments) -> object:
+        try:
+            return self.graph_module(*inputs, **inputs.named)
+        except (AssertionError, ValueError) as error:
+            # torch's checks of sizes and of nesting
+            if not str(error).startswith("Guard failed") and "TreeSpec" not in str(error):
+                raise
+            sizes = [tuple(value.shape) for value in inputs.tensors]
+            raise ValueError(
+                f"inputs of a quantized {type(self.network).__name__} must have the sizes, beside that of the batch,"
+                f" and the nesting that it was captured with, got {sizes} ({str(error).splitlines()[0][:200]}): pad or"
+                " resize them, and give the same arguments at every call"
+            ) from error
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CapturedNetwork":
         network = copy.deepcopy(self.network, memo)
@@ -331,8 +344,8 @@ def _links(network: nn.Module, graph_module: GraphModule) -> Iterator[tuple[_Ten
             yield from ((source, target, key) for key in target if key in source)
 
 
-def _single(value: object) -> object:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _single(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def _told(observe: Callable[[str, Tensor], None], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

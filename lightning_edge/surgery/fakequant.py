@@ -70,8 +70,9 @@ def insert_fake_quantizers_(
     values = dict(_quantized_values(graph_module, pairs, keep))
     if not any(is_weight for is_weight in values.values()):
         raise ValueError(
-            "network must have a convolution (1-D, 2-D) or linear layer to quantize, got none in its graph: weights"
-            " that are computed, as by weight_norm, stay in float (remove_parametrizations makes them plain)"
+            "network must have a convolution (1-D, 2-D) or linear layer to quantize, got none in its graph"
+            + (f" beside those of keep, {sorted(keep)[:6]}" if keep else "")
+            + ": weights that are computed, as by weight_norm, stay in float (remove_parametrizations makes them plain)"
         )
     names: dict[str, str] = {}
     for index, (value, is_weight) in enumerate(values.items()):

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     IntxWeightOnlyConfig,
@@ -80,7 +81,10 @@ def integer_linear_(
         ValueError: If there is no such layer, or ``group_size`` does not fit.
     """
     layers = {
-        name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and layer not in keep
+        name: layer
+        for name, layer in network.named_modules()
+        # An attention reads the weight of its output projection itself.
+        if isinstance(layer, nn.Linear) and not isinstance(layer, NonDynamicallyQuantizableLinear) and layer not in keep
     }
     if not layers or network in layers.values():
         raise ValueError(

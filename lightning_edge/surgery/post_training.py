@@ -27,7 +27,7 @@ FILES: dict[str, tuple[str, ...]] = {
 }
 """The schemes, and the files that each can be exported to."""
 SCHEME = "quantization_scheme"
-"""The attribute that says how a network was quantized."""
+"""The attribute that says how a network was quantized, where its forward does not."""
 _ROUNDED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -46,8 +46,9 @@ def quantize(
     """Return a copy of the network, in evaluation mode, that computes with quantized numbers.
 
     * ``"int8_static"``: weights to int8 per output channel, activations to int8 with ranges from the calibration (Jacob
-      et al. 2018, arXiv:1712.05877), see :func:`~lightning_edge.surgery.quantization.capture_`. ``export`` writes it;
-      the file gives the very numbers of the copy, in onnxruntime and in ExecuTorch.
+      et al. 2018, arXiv:1712.05877), see :func:`~lightning_edge.surgery.quantization.capture_`. ``export`` writes what
+      :func:`~lightning_edge.surgery.quantization.convert` makes of it, and onnxruntime and ExecuTorch give the very
+      numbers of that; those of the copy, whose biases are not rounded, differ here and there by one step.
     * ``"int8_dynamic"``: weights of linear layers to int8, and each row of their inputs to int8 with its own scale
       while it runs, by torchao; in onnxruntime integer products.
     * ``"int8_weight_only"``, ``"int4_weight_only"``: weights of linear layers to int8 with a scale per output, or to
@@ -58,7 +59,8 @@ def quantize(
       AVX512-FP16), slow elsewhere; it stores two bytes for each weight of a linear layer, and four for those of
       convolutions, as ExecuTorch wants them. XNNPACK has no bfloat16.
 
-    :data:`FILES` says which scheme can be exported to which file.
+    :data:`FILES` says which scheme can be exported to which file. A copy of scheme ``"int8_static"`` takes inputs of
+    any batch, and else of the sizes of the first batch of the calibration.
 
     Args:
         module: The trained network; not changed.
@@ -98,6 +100,7 @@ def quantize(
         else:
             inputs = calibration_inputs(calibration, network, batches=batches, progress=progress)
             _capture_and_calibrate_(network, inputs, observer, keep)
+            return network
     vars(network)[SCHEME] = scheme
     return network
 

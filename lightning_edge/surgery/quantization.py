@@ -16,7 +16,7 @@ from lightning_edge.surgery.pooling import keep_positions_
 from lightning_edge.surgery.quantizers import WEIGHT_BITS
 from lightning_edge.surgery.selection import WEIGHTED, select_layers
 
-__all__ = ["CapturedNetwork", "capture_", "convert", "deployed", "release_"]
+__all__ = ["CapturedNetwork", "capture_", "convert", "deployed", "release_", "release_if_captured_"]
 
 
 def capture_(
@@ -100,6 +100,10 @@ def bits_of_weights(network: nn.Module, weight_bits: WeightBits) -> dict[str, in
     """
     if not any(isinstance(layer, WEIGHTED) for layer in network.modules()):
         return {}  # refused where the quantizers are inserted
+    if not isinstance(weight_bits, int | Mapping):
+        raise ValueError(
+            f"weight_bits must be one of {WEIGHT_BITS}, or a mapping from globs to them, got {weight_bits!r}"
+        )
     wanted = {"*": weight_bits} if isinstance(weight_bits, int) else dict(weight_bits)
     for pattern, bits in wanted.items():
         if bits not in WEIGHT_BITS:
@@ -124,6 +128,12 @@ def release_(network: nn.Module) -> None:
     if not isinstance(vars(network).get("forward"), CapturedNetwork):
         raise ValueError(f"network must be captured, got a plain {type(network).__name__}: call capture_ first")
     del vars(network)["forward"]
+
+
+def release_if_captured_(network: nn.Module) -> None:
+    """Put the plain forward back where there is another."""
+    if isinstance(vars(network).get("forward"), CapturedNetwork):
+        release_(network)
 
 
 def deployed(network: nn.Module, example_inputs: Any, *, split_norms: bool = True) -> GraphModule:
