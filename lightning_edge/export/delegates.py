@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ def use_delegated_operators_(graph_module: GraphModule) -> None:
 
     * Every second row or column (the shortcut of ResNet's option A) is a depthwise convolution of 1 x 1 with a stride.
     * Average pools are global means, or depthwise convolutions of ones where they are quantized.
+    * The mean over all positions is computed in float, with the same result: XNNPACK's own for integers writes beyond
+      its memory when a batch is larger than the one before.
     * A flattening says its size, not that of the batch; max pools say their stride.
     * A weight that is also read by something else than a layer is two constants: XNNPACK takes the one it computes with
       into itself, and ends the process where it transposes it too.
+    * Chunks are slices: split in a quantized network, the batch would become a constant.
     * PReLU is relu(x) - weight * relu(-x): XNNPACK's own ends the process.
 
     The numbers stay the same, integers too: the weights are ones.
@@ -32,15 +36,29 @@ def use_delegated_operators_(graph_module: GraphModule) -> None:
         _aten.slice.Tensor: _stride,
         _aten.avg_pool2d.default: _pool,
         _aten.flatten.using_ints: _flatten,
+        _aten.chunk.default: _slices,
+        _aten.split.Tensor: _slices,
+        _aten.split_with_sizes.default: _slices,
         _aten.prelu.default: _prelu,
         _aten.max_pool2d.default: _spell_out_stride,
     }
     for node in list(graph_module.graph.nodes):
         if node.target in rewrites:
             rewrites[node.target](graph_module, node)
+    for node in graph_module.graph.find_nodes(op="call_function", target=_aten.mean.dim):
+        _average_in_float(node)
     _part_shared_constants(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
+
+
+def _average_in_float(node: Node) -> None:
+    reader = next(iter(node.users))
+    shape = node.meta["val"].shape
+    if _is_dequantized(node.args[0]) and reader.target is _qd.quantize_per_tensor.default:
+        with node.graph.inserting_after(node):
+            apart = node.graph.call_function(_aten.view.default, (node, [-1, *shape[1:]]))
+        reader.replace_input_with(node, apart)
 
 
 def _part_shared_constants(graph_module: GraphModule) -> None:
@@ -69,6 +87,19 @@ def _prelu(graph_module: GraphModule, node: Node) -> None:
     for part in (*parts, positive):
         part.meta = dict(node.meta)
     node.target, node.args = _aten.add.Tensor, (positive, parts[-1])
+
+
+def _slices(_: GraphModule, node: Node) -> None:
+    axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    assert isinstance(axis, int)
+    sizes = [part.shape[axis] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    ends = list(accumulate(sizes, initial=0))
+    for part in list(node.users):
+        index = part.args[1]
+        assert isinstance(index, int)
+        part.target, part.args = _aten.slice.Tensor, (node.args[0], axis, ends[index], ends[index + 1])
 
 
 def _flatten(_: GraphModule, node: Node) -> None:

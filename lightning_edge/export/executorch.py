@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
 
 from lightning_edge.export.delegates import use_delegated_operators_
 from lightning_edge.export.half_precision import compute_in_half_
 from lightning_edge.export.signature import flatten_
 from lightning_edge.surgery.calls import as_arguments, two_rows
 from lightning_edge.surgery.capture import keep_random_state
+from lightning_edge.surgery.conversion import copy_for_each_reader
 from lightning_edge.surgery.post_training import SCHEME
 from lightning_edge.surgery.quantization import deployed
 
@@ -75,10 +77,29 @@ def _lower(
     with torch.backends.nnpack.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
         constants = {name: ",".join(values) for name, values in names.items()}
         program = torch.export.export(graph_module, inputs, dynamic_shapes=shapes)
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
+        lowered = to_edge_transform_and_lower(
+            program,
+            transform_passes=[_copy_dequantizations],
+            partitioner=[XnnpackPartitioner()],
+            constant_methods=constants,
+        )
         nodes = [node for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
         left = {node.target.name() for node in nodes if hasattr(node.target, "_schema") and not _is_number(node)}
         return bytes(lowered.to_executorch().buffer), sorted(left - {_SIZE, _CAST})
+
+
+def _copy_dequantizations(graph_module: GraphModule) -> PassResult:
+    """Let nobody share a dequantization once operators are several, as a softplus: XNNPACK mixes up the layouts."""
+    for node in graph_module.graph.find_nodes(op="call_function", target=_dequantize()):
+        copy_for_each_reader(node)
+    graph_module.recompile()
+    return PassResult(graph_module, True)
+
+
+def _dequantize() -> Any:
+    from executorch.exir.dialects._ops import ops
+
+    return ops.edge.quantized_decomposed.dequantize_per_tensor.default
 
 
 def _is_number(node: Node) -> bool:

@@ -62,7 +62,7 @@ def replace_fake_quantizers_(graph_module: GraphModule) -> None:
         elif node.target in JOINTS:
             _share_scale(node)
     for node in filter(_is_dequantized, list(graph.nodes)):
-        _copy_for_each_reader(node)
+        copy_for_each_reader(node)
     eliminate_dead_code_(graph_module)
     graph_module.delete_all_unused_submodules()
     _forget_unused_tensors(graph_module)
@@ -171,8 +171,8 @@ def _share_scale(joint: Node) -> None:
         joint.replace_input_with(value, pair)
 
 
-def _copy_for_each_reader(node: Node) -> None:
-    """Let nobody share a dequantization, as torchao's ``convert_pt2e`` does: partitioners take it with its reader."""
+def copy_for_each_reader(node: Node) -> None:
+    """Let nobody share it, as in torchao's ``convert_pt2e``: partitioners take a dequantization with its reader."""
     for reader in list(node.users)[1:]:
         with node.graph.inserting_before(reader):
             reader.replace_input_with(node, node.graph.node_copy(node))

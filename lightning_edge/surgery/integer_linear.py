@@ -104,6 +104,9 @@ def integer_linear_(
     for name, layer in layers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(owner), leaf, _replacement(layer, scheme))
+        parent = network.get_submodule(owner)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # keeps it from its fused path, which reads the weights itself
     return tuple(layers)
 
 

@@ -116,11 +116,11 @@ def test_a_trial_run_quantizes_nothing(fit):
 
 
 def test_what_cannot_work_is_refused(fit, tmp_path):
-    with pytest.raises(ValueError, match="batches must be at least 1"):
+    with pytest.raises(ValueError, match="batches must be a whole number, at least 1"):
         PostTrainingQuantization(batches=0)
     with pytest.raises(ValueError, match="observer must be one of"):
         PostTrainingQuantization(observer="best")
-    with pytest.raises(ValueError, match="exclude must match a linear or convolution layer, got 'fc9'"):
+    with pytest.raises(ValueError, match="keep must match a linear or convolution layer, got 'fc9'"):
         fit(PostTrainingQuantization(keep=["fc9"]))
     with pytest.raises(ValueError, match="before ExportArtifacts, got the other order"):
         fit(ExportArtifacts(tmp_path / "out", formats=["onnx"]), PostTrainingQuantization())

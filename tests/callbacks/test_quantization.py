@@ -1,13 +1,21 @@
 import copy
 import hashlib
+import warnings
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 
-from lightning_edge import QuantizationAwareTraining, WeightPruning, WeightSharing
-from lightning_edge.surgery.quantization import CapturedNetwork, convert
+from lightning_edge import (
+    ExactResume,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    WeightPruning,
+    WeightSharing,
+)
+from lightning_edge.surgery.quantization import CapturedNetwork, capture_, convert
 
 WEIGHTS = ("model.0.weight", "model.3.weight", "model.7.weight")
 
@@ -133,6 +141,42 @@ def test_a_test_from_a_checkpoint_is_quantized_as_at_its_end(fit, tmp_path, task
     assert again == at_the_end
 
 
+@pytest.mark.parametrize("make", [lambda: QuantizationAwareTraining(2), lambda: PostTrainingQuantization(batches=2)])
+def test_a_checkpoint_from_before_the_start_is_tested_in_float(make, fit, tmp_path, task_class, digits_loaders):
+    class Tested(task_class):
+        def test_step(self, batch, _):
+            self.log("loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    task, trainer = fit(make(), task=Tested())
+    assert isinstance(captured(task), CapturedNetwork)
+    loader, early = digits_loaders()[1], tmp_path / "fit" / "epoch=1.ckpt"
+    found = trainer.test(task, loader, ckpt_path=early, verbose=False)
+    assert captured(task) is None
+    plain = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", callbacks=[ExactResume()])
+    assert found == plain.test(Tested(), loader, ckpt_path=early, verbose=False)
+
+
+def test_hyperparameters_that_hold_the_network_are_saved(fit, task_class, tmp_path):
+    class Holding(task_class):
+        def __init__(self, network=None):
+            super().__init__()
+            with warnings.catch_warnings(action="ignore"):  # Lightning's: the network is saved twice
+                self.save_hyperparameters({"network": self.model})
+
+    with pytest.warns(UserWarning, match="holds its plain forward"):
+        fit(QuantizationAwareTraining(1), task=Holding())
+    saved = torch.load(tmp_path / "fit" / "epoch=3.ckpt", weights_only=False)
+    assert not isinstance(vars(saved["hyper_parameters"]["network"])["forward"], CapturedNetwork)
+
+
+def test_inputs_of_other_sizes_are_named(task_class):
+    task = task_class().eval()
+    images = torch.rand(4, 1, 8, 8)
+    capture_(task.model, (images,))
+    with pytest.raises(ValueError, match=r"must have the sizes, beside that of the batch, .* got \[\(4, 1, 9, 8\)\]"):
+        task(torch.rand(4, 1, 9, 8))
+
+
 def test_an_averaged_network_trains_and_keeps_its_zeros(fit):
     task, _ = fit(WeightPruning(0.8, end_epoch=1), QuantizationAwareTraining(1), EMAWeightAveraging(decay=0.9))
     assert sum(int((task.state_dict()[name] == 0).sum()) for name in WEIGHTS) == int(0.8 * 2664)
@@ -215,6 +259,8 @@ def test_a_network_that_cannot_be_captured_is_named(fit, task_class):
     ("arguments", "message"),
     [
         ({"start_epoch": -1}, "start_epoch must be >= 0, got -1"),
+        ({"start_epoch": "1"}, "start_epoch must be a whole number, got '1'"),
+        ({"start_epoch": 1, "freeze_observers_epoch": 1.5}, "freeze_observers_epoch must be a whole number, got 1.5"),
         (
             {"start_epoch": 3, "freeze_observers_epoch": 3},
             "freeze_observers_epoch must be at least 4 with start_epoch=3, got 3",
@@ -224,6 +270,17 @@ def test_a_network_that_cannot_be_captured_is_named(fit, task_class):
 def test_bad_arguments_fail_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
         QuantizationAwareTraining(**arguments)
+
+
+def test_layers_and_bits_that_are_not_there_fail_at_setup(fit):
+    with pytest.raises(ValueError, match="keep must match a linear or convolution layer, got 'conv9'"):
+        fit(QuantizationAwareTraining(0, keep=["conv9"]))
+    with pytest.raises(ValueError, match=r"keep must be a list of patterns, got the string '0': write \['0'\]"):
+        fit(QuantizationAwareTraining(0, keep="0"))
+    with pytest.raises(ValueError, match=r"keep must be a list of patterns, got the string '0': write \['0'\]"):
+        fit(PostTrainingQuantization(keep="0"))
+    with pytest.raises(ValueError, match="or a mapping from globs to them, got '8'"):
+        fit(QuantizationAwareTraining(0, weight_bits="8"))
 
 
 def test_epochs_past_the_end_fail_at_setup(fit):

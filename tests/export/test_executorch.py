@@ -247,6 +247,50 @@ def test_prelu_runs(runtime, scheme, slopes, tmp_path):
     assert (tmp_path / "model.pte").read_bytes().count(b"XnnpackBackend") == 1
 
 
+class Halves(nn.Module):
+    """Swaps two halves of the channels, in one of several ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.second, self.way = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 1), way
+
+    def forward(self, images):
+        hidden = self.first(images)
+        rows, channels, height, width = hidden.shape
+        if self.way == "chunk":
+            hidden = torch.cat(hidden.chunk(2, 1)[::-1], 1)
+        elif self.way == "split":
+            hidden = torch.cat(hidden.split([5, 3], dim=1)[::-1], 1)
+        elif self.way == "shuffle":
+            hidden = hidden.view(rows, 2, channels // 2, height, width).transpose(1, 2).reshape(hidden.shape)
+        return self.second(hidden).mean((2, 3))
+
+
+@pytest.mark.parametrize("way", ["plain", "chunk", "split", "shuffle"])
+@pytest.mark.filterwarnings("ignore:every operator must run in XNNPACK")
+def test_batches_may_grow_and_shrink_between_calls(runtime, way, tmp_path):
+    torch.manual_seed(0)
+    net, batch = Halves(way).eval(), torch.randn(5, 3, 16, 16)
+    quantized = quantize(net, [batch])
+    converted = convert(quantized)
+    session = load_artifact(export(quantized, tmp_path / "model.pte", example_inputs=(batch,)))
+    for rows in (5, 1, 3, 64, 2, 64):
+        rows = torch.randn(rows, 3, 16, 16)
+        np.testing.assert_array_equal(session(rows.numpy()), converted(rows).detach().numpy())
+
+
+@pytest.mark.parametrize("activation", [nn.Mish(), nn.Softplus(), nn.CELU(2.0), nn.Hardshrink(), nn.SiLU(), nn.GLU(1)])
+@pytest.mark.filterwarnings("ignore:every operator must run in XNNPACK")
+def test_activations_of_several_operators_run_behind_integers(runtime, activation, tmp_path):
+    torch.manual_seed(0)
+    batch = torch.randn(4, 3, 16, 16)  # with eight channels as with eight rows and columns: layouts could be mistaken
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), activation).eval()
+    quantized = quantize(net, [batch])
+    session = load_artifact(export(quantized, tmp_path / "model.pte", example_inputs=(batch,)))
+    expected = convert(quantized)(batch).detach()
+    torch.testing.assert_close(torch.from_numpy(session(batch.numpy())), expected, rtol=0.02, atol=0.03)
+
+
 class Shared(nn.Module):
     """The weight of a layer is read by something else too."""
 

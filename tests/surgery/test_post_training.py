@@ -15,7 +15,7 @@ from lightning_edge.models import DigitsNet, ResNet20
 from lightning_edge.surgery.exact_scales import odd_multiples, odd_requantization
 from lightning_edge.surgery.observers import OBSERVERS, MinMaxObserver
 from lightning_edge.surgery.post_training import FILES
-from lightning_edge.surgery.quantization import convert
+from lightning_edge.surgery.quantization import convert, release_
 
 
 def images(rows=16, seed=0):
@@ -320,3 +320,21 @@ def test_an_embedding_that_is_tied_to_a_layer_reads_the_weight_as_it_is(suffix, 
     if scheme is not None:
         embedding = next(node for node in quantized.forward.graph_module.graph.nodes if "embedding" in str(node.target))
         assert embedding.args[0].op == "get_attr"
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_weight_only", "int4_weight_only"])
+def test_the_projection_that_an_attention_reads_itself_stays_in_float(scheme):
+    torch.manual_seed(0)
+    net, batch = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval(), torch.randn(2, 5, 32)
+    quantized = quantize(net, scheme=scheme)
+    with torch.no_grad():
+        found, expected = quantized(batch), net(batch)
+    assert 0 < float((found - expected).abs().max()) < 0.3
+    assert isinstance(quantized.self_attn.out_proj, nn.Linear)
+
+
+def test_a_network_that_was_released_is_in_float():
+    quantized = quantize(network(), [images()])
+    release_(quantized)
+    assert torch.equal(quantized(images()), network()(images()))
+    quantize(quantized, [images()])
