@@ -100,10 +100,8 @@ class QuantizationAwareTraining(CompressionCallback):
         self.quantize_epoch = start_epoch if quantize_epoch is None else quantize_epoch
         self.freeze_batch_norm_epoch = freeze_batch_norm_epoch
         self.weight_bits, self.learned_steps = weight_bits, learned_steps
-        self.keep, self.network = (
-            keep if isinstance(keep, str) else tuple(keep),
-            network,
-        )  # a string is refused at setup
+        self.network = network
+        self.keep = keep if isinstance(keep, str) else tuple(keep)  # a string is refused at setup
         self.calibration_batches, self.seed = calibration_batches, seed
         self.reset()
 
