@@ -173,7 +173,7 @@ def test_random_inputs_have_the_type_and_the_shape_that_is_asked_for(capsys, kin
         (["wide.npy", "wide.npy"], "net.edge must get 1 arrays, ['x'], got 2"),
         (["--out", "y.txt"], "out must end in .npy or .npz, got 'y.txt'"),
         (["--repeat", "0"], "repeat must be at least 1, got 0"),
-        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be a whole number, at least 1, got 0"),
     ],
 )
 def test_run_names_what_does_not_fit(capsys, tmp_path, arguments, message):

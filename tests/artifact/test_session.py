@@ -180,7 +180,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, message):
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
     path = pack(convolutional()[0], tmp_path / "net.edge").path
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="threads must be a whole number, at least 1, got 0"):
         load_artifact(path, threads=0)
     with pytest.raises(ValueError, match=r"path must end in one of \['.edge', '.onnx', '.pte'\], got 'net.ckpt'"):
         load_artifact(tmp_path / "net.ckpt")
