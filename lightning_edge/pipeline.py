@@ -30,7 +30,7 @@ from lightning_edge.report import (
     report_row,
     write_report,
 )
-from lightning_edge.surgery.quantization import CapturedNetwork
+from lightning_edge.surgery.captured import captured_of
 from lightning_edge.surgery.selection import find_network
 from lightning_edge.surgery.weights import load_weights_
 from lightning_edge.surgery.widths import changed_widths, rebuild_, widths_of
@@ -209,9 +209,7 @@ def _report(
     for name, measurement in measured.items():
         verification = exported.verifications.get(name)
         is_dense = verification is None
-        mac_type: MacType = (
-            "int8" if isinstance(vars(network).get("forward"), CapturedNetwork) and not is_dense else "fp32"
-        )
+        mac_type: MacType = "int8" if captured_of(network) is not None and not is_dense else "fp32"
         rows.append(
             report_row(
                 name if is_dense else _label(name, mac_type),

@@ -14,10 +14,11 @@ from lightning_edge.callbacks.inputs import NetworkInputs, check_has_forward, tr
 from lightning_edge.callbacks.quantization import QuantizationAwareTraining
 from lightning_edge.surgery.bias_correction import correct_bias_
 from lightning_edge.surgery.calibration import BATCHES, calibrate_
+from lightning_edge.surgery.captured import CapturedNetwork, captured_of
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.equalization import equalize_
 from lightning_edge.surgery.observers import RangeObserver, observer_factory
-from lightning_edge.surgery.quantization import CapturedNetwork, capture_, release_if_captured_
+from lightning_edge.surgery.quantization import capture_, release_if_captured_
 from lightning_edge.surgery.selection import find_network, select_layers, select_weights
 
 
@@ -182,8 +183,8 @@ class PostTrainingQuantization(L.Callback):
         if self._observers is None or self._captured is not None:
             return
         network = find_network(pl_module, self.network)
-        installed = vars(network).get("forward")
-        if isinstance(installed, CapturedNetwork):  # a second run of the same module
+        installed = captured_of(network)
+        if installed is not None:  # a second run of the same module
             installed.load_observer_state(self._observers, frozen=True)
             self._captured = installed
         else:

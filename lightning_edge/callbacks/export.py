@@ -19,9 +19,10 @@ from lightning_edge.callbacks.inputs import call_in_step, check_has_forward, lab
 from lightning_edge.export import export
 from lightning_edge.export.verification import ArtifactMismatchError, LabelledInputs, Verification, verify
 from lightning_edge.surgery.calls import Arguments
+from lightning_edge.surgery.captured import captured_of
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.deadunits import DeadUnitsReport, remove_dead_units_
-from lightning_edge.surgery.quantization import CapturedNetwork, convert
+from lightning_edge.surgery.quantization import convert
 from lightning_edge.surgery.selection import find_network
 
 FORMATS = ("edge", "onnx", "pte")
@@ -175,8 +176,7 @@ class ExportArtifacts(L.Callback):
         rank_zero_info(f"{target}: {target.stat().st_size:,} bytes, {self.verifications[suffix]}")
 
     def _verified(self, path: Path, network: nn.Module, batches: Iterator[LabelledInputs]) -> Verification:
-        captured = vars(network).get("forward")
-        is_integer = isinstance(captured, CapturedNetwork)
+        is_integer = captured_of(network) is not None
         verification = verify(load_artifact(path), convert(network) if is_integer else network, batches)
         least = self.min_agreement
         if least is None:

@@ -13,7 +13,7 @@ from lightning_edge.surgery.batchnorm import BATCH_NORM
 from lightning_edge.surgery.calibration import BATCHES, calibration_inputs
 from lightning_edge.surgery.calls import Arguments
 from lightning_edge.surgery.capture import training_flags
-from lightning_edge.surgery.captured import CapturedNetwork
+from lightning_edge.surgery.captured import captured_of
 
 _MOMENTUM = 6  # argument of the operator
 
@@ -79,8 +79,8 @@ def reestimate_batch_norms_(
             _variance(norm).copy_(statistics[1])
         for counter, value in counters:
             counter.copy_(value)
-    captured = vars(module).get("forward")
-    if isinstance(captured, CapturedNetwork):
+    captured = captured_of(module)
+    if captured is not None:
         captured.observe_weights(example)  # of the folded network: they depend on the variance
         if captured.observers_frozen:
             captured.freeze_observers()
@@ -112,8 +112,8 @@ class _Pooled:
 @contextmanager
 def _batch_statistics(module: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[None]:
     """Let the norms alone train, with a momentum of one: the running statistics are then those of the last batch."""
-    captured = vars(module).get("forward")
-    graph = captured.graph_module if isinstance(captured, CapturedNetwork) else None
+    captured = captured_of(module)
+    graph = None if captured is None else captured.graph_module
     nodes = [] if graph is None else graph.graph.find_nodes(op="call_function", target=BATCH_NORM)
     momenta = {name: norm.momentum for name, norm in norms.items()}
     literals = [node.args[_MOMENTUM] for node in nodes]

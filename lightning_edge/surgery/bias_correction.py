@@ -12,7 +12,7 @@ from lightning_edge.surgery.batchnorm import CONVOLUTIONS, WEIGHTED, weight_of
 from lightning_edge.surgery.calibration import calibration_inputs
 from lightning_edge.surgery.calls import joined
 from lightning_edge.surgery.capture import training_flags
-from lightning_edge.surgery.captured import CapturedNetwork
+from lightning_edge.surgery.captured import CapturedNetwork, captured_of
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.quantization import capture_
 
@@ -59,8 +59,8 @@ def correct_bias_(
     >>> list(correct_bias_(quantize(network, data), network, data).shifts)
     ['0']
     """
-    captured = vars(quantized).get("forward")
-    if not isinstance(captured, CapturedNetwork):
+    captured = captured_of(quantized)
+    if captured is None:
         raise ValueError(
             f"quantized must be a network of scheme 'int8_static', got a {type(quantized).__name__} that computes in"
             " float: the other schemes have no activations to correct"

@@ -334,6 +334,15 @@ class CapturedNetwork:
             )
 
 
+def captured_of(network: nn.Module) -> CapturedNetwork | None:
+    """Return what stands in the network's forward, None for the plain one.
+
+    >>> captured_of(nn.Linear(2, 2))
+    """
+    forward = vars(network).get("forward")
+    return forward if isinstance(forward, CapturedNetwork) else None
+
+
 def _links(network: nn.Module, graph_module: GraphModule) -> Iterator[tuple[_Tensors, _Tensors, str]]:
     modules = dict(network.named_modules(remove_duplicate=False))
     for name, part in graph_module.named_modules(remove_duplicate=False):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_edge.surgery.captured import captured_of
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.coupling import (
     ChannelGroup,
@@ -18,7 +19,7 @@ from lightning_edge.surgery.coupling import (
     zero_units_,
 )
 from lightning_edge.surgery.outputs import flat_tensors
-from lightning_edge.surgery.quantization import CapturedNetwork, capture_, release_
+from lightning_edge.surgery.quantization import capture_, release_
 from lightning_edge.surgery.slicing import Side, is_depthwise, sum_per_channel, weight_of
 from lightning_edge.surgery.unit_flow import ConsumerView
 from lightning_edge.surgery.widths import Manifest, changed_widths, widths_of
@@ -76,7 +77,7 @@ def remove_dead_units_(module: nn.Module, *, example_inputs: tuple[Any, ...] | T
     {'0': 1}
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if isinstance(vars(module).get("forward"), CapturedNetwork):
+    if captured_of(module) is not None:
         return _remove_captured_(module, inputs)
     return _remove_(module, inputs, fold=True)[0]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_edge.surgery.captured import CapturedNetwork
+from lightning_edge.surgery.captured import captured_of
 from lightning_edge.surgery.selection import unwrapped
 from lightning_edge.surgery.taps import tap_
 
@@ -159,8 +159,8 @@ def _through_all_layers() -> Iterator[None]:
 
 def _layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     inner = unwrapped(network)
-    captured = vars(inner).get("forward")
-    if isinstance(captured, CapturedNetwork):
+    captured = captured_of(inner)
+    if captured is not None:
         return {name: tap_(captured.graph_module, name) for name in names}
     return {name: inner.get_submodule(name) for name in names}
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_edge.surgery.calibration import BATCHES, calibrate_, calibration_inputs
 from lightning_edge.surgery.calls import Arguments
-from lightning_edge.surgery.captured import CapturedNetwork
+from lightning_edge.surgery.captured import captured_of
 from lightning_edge.surgery.copying import copied
 from lightning_edge.surgery.integer_linear import LinearScheme, integer_linear_
 from lightning_edge.surgery.observers import RangeObserver
@@ -124,7 +124,7 @@ def check_exportable(module: nn.Module, suffix: str) -> str | None:
 
 
 def _check_float(module: nn.Module) -> None:
-    if isinstance(vars(module).get("forward"), CapturedNetwork) or SCHEME in vars(module):
+    if captured_of(module) is not None or SCHEME in vars(module):
         raise ValueError(f"module must be a network in float, got a {type(module).__name__} that is quantized already")
     for name, weight in module.named_parameters():
         if weight.is_floating_point() and weight.dtype != torch.float32:

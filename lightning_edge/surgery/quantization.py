@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from lightning_edge.surgery.batchnorm import scale_and_shift_, scale_weights_
 from lightning_edge.surgery.capture import capture, export_graph, keep_random_state
-from lightning_edge.surgery.captured import CapturedNetwork, WeightBits
+from lightning_edge.surgery.captured import CapturedNetwork, WeightBits, captured_of
 from lightning_edge.surgery.conversion import remove_training_
 from lightning_edge.surgery.fakequant import insert_fake_quantizers_
 from lightning_edge.surgery.pooling import keep_positions_
@@ -58,7 +58,7 @@ def capture_(
     >>> sorted(capture_(network, (torch.zeros(2, 4),)).observers)
     ['0.weight', 'input_1', 'linear']
     """
-    if isinstance(vars(network).get("forward"), CapturedNetwork):
+    if captured_of(network) is not None:
         raise ValueError(
             f"network must be a plain one, got a {type(network).__name__} that is quantized already:"
             " lightning_edge.release_(network) puts its plain forward back"
@@ -125,14 +125,14 @@ def release_(network: nn.Module) -> None:
     >>> captured = capture_(network, (torch.zeros(2, 4),)); release_(network); network(torch.zeros(1, 4)).shape
     torch.Size([1, 3])
     """
-    if not isinstance(vars(network).get("forward"), CapturedNetwork):
+    if captured_of(network) is None:
         raise ValueError(f"network must be captured, got a plain {type(network).__name__}: call capture_ first")
     del vars(network)["forward"]
 
 
 def release_if_captured_(network: nn.Module) -> None:
     """Put the plain forward back where there is another."""
-    if isinstance(vars(network).get("forward"), CapturedNetwork):
+    if captured_of(network) is not None:
         release_(network)
 
 
@@ -152,7 +152,7 @@ def deployed(network: nn.Module, example_inputs: Any, *, split_norms: bool = Tru
     >>> deployed(nn.Sequential(nn.Linear(2, 3), nn.Dropout()), (torch.zeros(2, 2),))(torch.zeros(5, 2)).shape
     torch.Size([5, 3])
     """
-    if isinstance(vars(network).get("forward"), CapturedNetwork):
+    if captured_of(network) is not None:
         graph_module = convert(network)
         keep_positions_(graph_module)
         return graph_module
@@ -178,7 +178,7 @@ def convert(network: nn.Module | CapturedNetwork) -> GraphModule:
     Raises:
         ValueError: If the network is not captured, or its observers have seen no data.
     """
-    captured = network if isinstance(network, CapturedNetwork) else vars(network).get("forward")
-    if not isinstance(captured, CapturedNetwork):
+    captured = network if isinstance(network, CapturedNetwork) else captured_of(network)
+    if captured is None:
         raise ValueError(f"network must be captured, got a plain {type(network).__name__}: call capture_ first")
     return captured.convert()

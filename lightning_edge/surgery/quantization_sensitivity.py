@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_edge.surgery.calibration import BATCHES
 from lightning_edge.surgery.capture import tensor_at
-from lightning_edge.surgery.captured import CapturedNetwork
+from lightning_edge.surgery.captured import captured_of
 from lightning_edge.surgery.observers import RangeObserver
 from lightning_edge.surgery.post_training import quantize
 
@@ -128,8 +128,8 @@ def quantization_sensitivity(
     ['']
     """
     network = quantize(module, calibration, observer=observer, batches=batches, keep=keep)
-    captured = network.forward
-    assert isinstance(captured, CapturedNetwork)
+    captured = captured_of(network)
+    assert captured is not None
 
     def measured(values: Sequence[str] | None) -> float:
         with captured.quantizing_only(captured.observers if values is None else values):
