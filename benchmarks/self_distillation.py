@@ -58,8 +58,8 @@ def main() -> None:
     folder, trial = folder_of(arguments), arguments.trial
     paths = (f"data.path={arguments.data.resolve()}", f"baseline={arguments.weights.resolve()}")
     data, rows = images(arguments.data), []
-    for name, technique in TECHNIQUES.items():
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for name, technique in TECHNIQUES.items():
             accuracy = {}
             for teacher, more in TEACHERS.items():
                 where: Path = folder / f"{name}_{teacher}_{seed}"

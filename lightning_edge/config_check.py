@@ -42,6 +42,11 @@ def check(cfg: DictConfig) -> None:
         _check_stage(taught, prefix="teacher.")
     if cfg.get("teacher") is not None and cfg.get("distillation") is None:
         raise ValueError("teacher must stand beside a distillation, got none: add distillation=larger, or drop teacher")
+    if cfg.get("teacher") is not None and "larger" in cfg and "model" not in cfg.teacher:
+        raise ValueError(
+            f"teacher must say which network it is, got only {sorted(cfg.teacher)}: the training of the larger network"
+            " that the model's file names is changed by +larger.KEY=VALUE"
+        )
     if cfg.start not in ("dense", "scratch"):
         raise ValueError(f"start must be dense or scratch, got {cfg.start!r}")
 

@@ -45,6 +45,12 @@ def message(error: Exception, arguments: Sequence[str], *, commands: Iterable[st
             option, error.options
         )
     if isinstance(error, OverrideParseException):
+        key, equals, _ = error.override.partition("=")
+        if equals and re.fullmatch(r"[+~]{0,2}[\w./@]+", key):
+            return (
+                f"{key} must have a value that Hydra can read, got {error.override!r}: the whole argument in quotes of"
+                " the shell, no quotes around the keys of a mapping ('NAME={layers: {conv?: conv?}}')"
+            )
         choices = [*commands, *(f"recipe={name}" for name in recipe_titles())]
         return f"arguments must be key=value, got {error.override!r}: {nearest(error.override, choices)}"
     unknown = re.search(r"(?:override|delete from config\.) '([^']+)'", str(error))

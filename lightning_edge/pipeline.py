@@ -26,11 +26,13 @@ from lightning_edge.report import (
     environment,
     footprint,
     measure_artifacts,
+    of_integers,
     print_table,
     report_row,
     write_report,
 )
 from lightning_edge.surgery.captured import captured_of
+from lightning_edge.surgery.quantization import convert
 from lightning_edge.surgery.selection import find_network
 from lightning_edge.surgery.weights import load_weights_
 from lightning_edge.surgery.widths import changed_widths, rebuild_, widths_of
@@ -205,6 +207,8 @@ def _report(
     _say(f"measuring {len(files)} files on the test data")
     measured = measure_artifacts(files, loader=data.test_dataloader(), example_inputs=example, threads=1)
     sizes = {"dense": footprint(dense_network, example), "compressed": footprint(exported.exported or network, example)}
+    if captured_of(network) is not None:
+        sizes["compressed"] = of_integers(sizes["compressed"], convert(network))
     rows = []
     for name, measurement in measured.items():
         verification = exported.verifications.get(name)

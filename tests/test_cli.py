@@ -189,6 +189,7 @@ def test_a_mistake_is_answered_with_the_nearest_choice_before_anything_runs(stag
     ("argument", "message"),
     [
         ("deep_compression", "must be key=value, got 'deep_compression': did you mean 'recipe=deep_compression'?"),
+        ('a.layers={"conv?": fc}', "a.layers must have a value that Hydra can read, got"),
         ("inspekt", "did you mean 'inspect'?"),
     ],
 )

@@ -17,6 +17,7 @@ from lightning_edge.config import (
     recipe_hash,
     recipe_titles,
     register,
+    teacher_stage,
 )
 from lightning_edge.config_check import check, nearest
 from lightning_edge.modules import MovingAverage
@@ -211,6 +212,14 @@ def test_a_moving_average_and_an_earlier_student_teach_any_recipe():
 def test_a_model_that_names_no_larger_one_is_refused():
     with pytest.raises(ValueError, match=r"model must name a larger network .* got .*ResNet56 .*distillation=self"):
         check(compose(["recipe=distill", "model=resnet56", "data=cifar10"]))
+
+
+def test_a_training_of_the_larger_network_goes_below_its_own_key():
+    with pytest.raises(ValueError, match=r"teacher must say which network .* got only \['trainer'\]: .*\+larger.KEY"):
+        check(compose(["recipe=distill", "+teacher.trainer.max_epochs=3"]))
+    cfg = compose(["recipe=distill", "+larger.trainer.max_epochs=3"])
+    check(cfg)
+    assert teacher_stage(cfg).trainer.max_epochs == 3
 
 
 @pytest.mark.parametrize("recipe", ["edge_int8", "edge_tiny", "distill", "deep_compression"])

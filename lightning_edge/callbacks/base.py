@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
@@ -46,6 +46,20 @@ class CompressionCallback(L.Callback):
     def reset(self) -> None:
         """Forget an earlier fit of this callback; a resumed one loads its state afterwards."""
 
+    @property
+    def begins(self) -> str:
+        """The argument that says from when what it follows may not change the network, for messages."""
+        return "start_epoch"
+
+    @property
+    def ends(self) -> str:
+        """The argument that says when the last decision falls, for messages."""
+        return "end_epoch"
+
+    def selected(self, network: nn.Module) -> Iterable[str]:
+        """Return the names of the weights that no other callback of the technique may change."""
+        return ()
+
     def decisions(self) -> tuple[int, int]:
         """Return the first and the last epoch (zero-based) at whose start the callback changes the network."""
         raise TypeError(f"{type(self).__name__} must say at which epochs it changes the network")
@@ -84,6 +98,7 @@ class CompressionCallback(L.Callback):
         self._fitted = network
         if self is compressing(trainer)[0]:
             check_order(compressing(trainer))
+            check_overlap(compressing(trainer), pl_module)
             _warn_of_early_choices(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -103,7 +118,16 @@ class CompressionCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Know a fit that trains from one whose trainer has already finished, and how many steps an epoch has."""
         self._trained = True
-        if is_trial(trainer) or trainer.max_epochs in (None, -1):
+        if is_trial(trainer):
+            return
+        epochs = epochs_of_fit(trainer)
+        if epochs < (math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs or 0):
+            try:
+                self.check(find_network(pl_module, self.network), max_epochs=epochs)
+            except ValueError as error:
+                reason = f"max_steps={trainer.max_steps} ends the fit within {epochs:g} epochs"
+                raise ValueError(f"{error}: {reason}") from error
+        if trainer.max_epochs in (None, -1):
             return
         assert trainer.max_epochs is not None
         steps = trainer.estimated_stepping_batches
@@ -164,13 +188,44 @@ def check_order(callbacks: Iterable[CompressionCallback]) -> None:
     for place, callback in ordered:
         for other_place, other in ordered:
             end, begin = other.decisions()[1], callback.fixes_at()
-            turn = math.inf if other.decides_in_steps() else other_place
+            in_steps = other.decides_in_steps()
+            turn = math.inf if in_steps else other_place
             if other.technique in callback.follows and (end, turn) > (begin, place):
+                when = "a step after the start" if in_steps else f"the start, place {other_place} in the list,"
                 raise ValueError(
-                    f"{type(other).__name__} must end before {type(callback).__name__} fixes what it changes, got epoch"
-                    f" {end} (place {other_place} in the list) and epoch {begin:g} (place {place}): legal is pruning,"
-                    " then sharing, then frozen observers; within an epoch the list of callbacks is the order"
+                    f"{type(other).__name__} must end before {type(callback).__name__} fixes what it changes, got"
+                    f" {other.ends} at {when} of epoch {end}, and {callback.begins} at the start, place {place} in the"
+                    f" list, of epoch {begin:g}: legal is pruning, then sharing, then frozen observers; at the start of"
+                    " an epoch the list of callbacks is the order, and steps come after it"
                 )
+
+
+def check_overlap(callbacks: Sequence[CompressionCallback], pl_module: L.LightningModule) -> None:
+    """Refuse two callbacks of one technique that select a weight both: the later one would have no say.
+
+    Raises:
+        ValueError: With the names.
+    """
+    owners: dict[tuple[str, int], CompressionCallback] = {}
+    for callback in callbacks:
+        network = find_network(pl_module, callback.network)
+        for name in callback.selected(network):
+            key = callback.technique, id(network.get_parameter(name))
+            if key in owners and owners[key] is not callback:
+                raise ValueError(
+                    f"include must select a weight in one {type(callback).__name__} alone, got {name!r} in two: add"
+                    " exclude= to one of them"
+                )
+            owners[key] = callback
+
+
+def epochs_of_fit(trainer: L.Trainer) -> float:
+    """Return how many epochs a fit that has begun will have: ``max_epochs``, or fewer where ``max_steps`` ends it."""
+    by_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    batches = float(trainer.num_training_batches)
+    if trainer.max_steps == -1 or batches == math.inf:
+        return by_epochs
+    return min(by_epochs, math.ceil(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches)))
 
 
 def is_trial(trainer: L.Trainer) -> bool:

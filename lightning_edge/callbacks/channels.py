@@ -113,6 +113,13 @@ class ChannelPruning(CompressionCallback):
         """After the removal: the sizes, and what was left alone and why."""
         self.reset()
 
+    @property
+    def ends(self) -> str:
+        """The argument that says when the last change comes."""
+        if self.remove_epoch is not None:
+            return "remove_epoch"
+        return "end_step" if self.clock.in_steps else "end_epoch"
+
     def decisions(self) -> tuple[int, int]:
         """Return the first and the last epoch in which channels go."""
         first, last = self.clock.epochs(self._steps_per_epoch)

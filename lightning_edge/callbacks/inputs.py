@@ -105,6 +105,8 @@ class NetworkInputs:
         return Arguments.of(args, named)
 
     def _look(self, network: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if network is not self._network or torch.compiler.is_compiling():  # a copy that is measured, or a trace
+            return
         self._forget_watch()
         self.remember(arguments_of(network, args, named))
 

@@ -1,7 +1,7 @@
 """Prune weights on a schedule while a network is trained."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
@@ -144,6 +144,17 @@ class WeightPruning(CompressionCallback):
             raise ValueError("sparsity must be one number for sparsity_at, got a mapping")
         return self.target.sparsity * self.clock.progress(time)
 
+    @property
+    def ends(self) -> str:
+        """The argument that says when the last decision falls."""
+        if isinstance(self.regrowth, RigL):
+            return "end_step of regrowth"
+        return "end_step" if self.clock.in_steps else "end_epoch"
+
+    def selected(self, network: nn.Module) -> Iterable[str]:
+        """Return the names of the weights that are pruned."""
+        return self._select(network)
+
     def decisions(self) -> tuple[int, int]:
         """Return the first and the last epoch in which the masks change."""
         first, last = self.clock.epochs(self._steps_per_epoch)
@@ -211,6 +222,8 @@ class WeightPruning(CompressionCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune what a schedule of steps asks for; remember the weights to rewind to."""
+        if batch_idx == 0:  # what StochasticWeightAveraging put in place has values from before the masks
+            self._projection()
         if self.rewind_step is not None and trainer.global_step >= self.rewind_step and not self._early:
             self._early = state_to_rewind(find_network(pl_module, self.network), self._hidden)
         if self.score == "synflow":

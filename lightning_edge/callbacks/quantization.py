@@ -110,6 +110,11 @@ class QuantizationAwareTraining(CompressionCallback):
         """Key of the state in a checkpoint."""
         return self._generate_state_key(network=self.network)
 
+    @property
+    def begins(self) -> str:
+        """The argument that says from when the network has to stay as it is."""
+        return "freeze_observers_epoch"
+
     def decisions(self) -> tuple[int, int]:
         """Return the epochs at which ranges are first observed, and numbers first rounded."""
         return self.start_epoch, self.quantize_epoch
@@ -168,6 +173,8 @@ class QuantizationAwareTraining(CompressionCallback):
         """Bring the observers back when a checkpoint is validated; in a fit, agree on the ranges first."""
         self._resume(pl_module)
         self._synchronize(trainer)
+        if self._captured is not None:
+            self._captured.follow_codebooks()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the observers back when a checkpoint is tested."""
@@ -176,6 +183,11 @@ class QuantizationAwareTraining(CompressionCallback):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the observers back when a checkpoint predicts."""
         self._resume(pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let the weights' quantizers look at shared values again, which training moves."""
+        if self._captured is not None:
+            self._captured.follow_codebooks()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -283,6 +295,10 @@ class QuantizationAwareTraining(CompressionCallback):
         """Take the smallest minimum and the largest maximum of all ranks, which see different data."""
         if self._captured is None or trainer.world_size == 1 or self._captured.observers_frozen:
             return
+        # A step relative to a range of each rank's own batch norms differs in its last bit.
+        own = self._captured.observer_state()
+        clips = {name: clip for name, clip in own.items() if name.endswith("log_clip")}
+        self._captured.load_observer_state(own | trainer.strategy.broadcast(clips))
         low, high = self._captured.ranges()
         torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN)
         torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX)

@@ -29,15 +29,20 @@ def check_company(trainer: L.Trainer, callback: CompressionCallback, *, remove_e
                 f"remove_epoch must be None with WeightAveraging, whose average has the wide shapes, got"
                 f" {remove_epoch}: the channels are then removed at the end of the fit"
             )
-    removed = math.inf if remove_epoch is None else remove_epoch
-    for technique in compressing(trainer):
+    techniques = compressing(trainer)
+    removed = math.inf if remove_epoch is None else remove_epoch, techniques.index(callback)
+    for place, technique in enumerate(techniques):
         if technique is callback or not technique.knows_its_epochs():
             continue
         first = technique.decisions()[0]
-        if first < removed and technique.technique in ("pruning", "sharing", "quantization"):
+        # Within an epoch channels go at its start, and networks are captured at the first batch.
+        at_start = technique.technique != "quantization" and not technique.decides_in_steps()
+        turn = place if at_start else math.inf
+        if (first, turn) < removed and technique.technique in ("pruning", "sharing", "quantization"):
+            order = f", and {type(callback).__name__} before it in the list" if first == remove_epoch else ""
             raise ValueError(
                 f"remove_epoch must be at most {first}, where {type(technique).__name__} begins to hold on to the"
-                f" shapes of the weights, got {remove_epoch}: remove the channels first"
+                f" shapes of the weights{order}, got {remove_epoch}: remove the channels first"
             )
 
 

@@ -1,6 +1,6 @@
 """Share the weights of each layer at chosen epochs, and train the shared values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -123,6 +123,20 @@ class WeightSharing(CompressionCallback):
         """Key of the state in a checkpoint: two callbacks for different layers keep apart."""
         return self._generate_state_key(include=self.include, exclude=self.exclude, network=self.network)
 
+    @property
+    def begins(self) -> str:
+        """The argument that says from when weights have to stay as they are."""
+        return "at_epochs"
+
+    @property
+    def ends(self) -> str:
+        """The argument that says when the last decision falls."""
+        return "at_epochs" if self.freeze_epoch is None else "freeze_epoch"
+
+    def selected(self, network: nn.Module) -> Iterable[str]:
+        """Return the names of the weights that are shared."""
+        return select_shared(network, self.clusters, include=self.include, exclude=self.exclude)
+
     def decisions(self) -> tuple[int, int]:
         """Return the first and the last epoch at whose start weights are clustered, or the codes freeze."""
         return self.at_epochs[0], self.at_epochs[-1] if self.freeze_epoch is None else self.freeze_epoch
@@ -182,6 +196,8 @@ class WeightSharing(CompressionCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Cluster now if the budget of bytes needs to know the inputs, and nothing has run before."""
+        if batch_idx == 0 and not self._hidden:  # what StochasticWeightAveraging put in place is not shared
+            project_shared_(self._weights, self._codes, self._scales)
         if self.max_bytes is not None:
             self._inputs.take_from(pl_module, batch)
             self._cluster_if_due(trainer, pl_module)

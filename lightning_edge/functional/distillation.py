@@ -1,16 +1,37 @@
 """What a student is told to match of its teacher: losses over outputs, features, and relations between examples.
 
-Each takes the student's tensor first, the teacher's second, and returns a scalar. No gradient flows into the
-teacher's, but for :func:`contrastive_loss`, whose embedding of it is trained.
+Each takes the student's tensor first, the teacher's second, and returns a scalar. It computes in float32 at least,
+whatever it is given and under autocast too: differences of probabilities are smaller than what bfloat16 can tell. No
+gradient flows into the teacher's, but for :func:`contrastive_loss`, whose embedding of it is trained.
 """
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SMALLEST = 1e-8  # what a norm, a variance or a mean distance is at least
+_SMALLEST = 1e-8  # what a norm or a mean distance is at least
+_CONSTANT = 1e-4  # of its mean square: below, a variance is that of a constant
+
+Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
 
+def _in_float32(loss: Loss) -> Loss:
+    """Return the loss, computed in float32 at least, without autocast."""
+
+    @wraps(loss)
+    def exact(student: Tensor, teacher: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own, other = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (student, teacher))
+        with torch.autocast(student.device.type, enabled=False):
+            return loss(own, other, *args, **kwargs)
+
+    return cast(Loss, exact)
+
+
+@_in_float32
 def soft_target_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     """Match softened class probabilities (Hinton et al. 2015, arXiv:1503.02531, sec. 2).
 
@@ -36,6 +57,7 @@ def soft_target_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4
     return F.kl_div(own, want, reduction="batchmean", log_target=True) * temperature**2
 
 
+@_in_float32
 def decoupled_loss(
     student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0
 ) -> Tensor:
@@ -64,24 +86,35 @@ def decoupled_loss(
     """
     _check_logits(student, teacher)
     _check_positive("temperature", temperature)
+    classes = student.shape[1]
+    if classes < 2:
+        raise ValueError(f"student must have logits of two classes at least, got shape {tuple(student.shape)}")
     if labels.shape != student.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"labels must be {len(student)} integers, one of each row, got {labels.dtype} of {tuple(labels.shape)}: of"
             " tokens, flatten the labels like the logits"
         )
+    labels = labels.long()
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        wrong = labels[(labels < 0) | (labels >= classes)][:3].tolist()
+        raise ValueError(
+            f"labels must lie in [0, {classes}), got {wrong}: leave rows that are ignored out, of logits and labels"
+        )
     own = F.log_softmax(student / temperature, dim=1)
     want = F.log_softmax(teacher.detach() / temperature, dim=1)
-    is_label = F.one_hot(labels, student.shape[1]).bool()
+    is_label = F.one_hot(labels, classes).bool()
     target = F.kl_div(_binary(own, is_label), _binary(want, is_label), reduction="batchmean", log_target=True)
     rest = F.kl_div(_among(own, is_label), _among(want, is_label), reduction="batchmean", log_target=True)
     return (alpha * target + beta * rest) * temperature**2
 
 
+@_in_float32
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Match the teacher's features (FitNets, Romero et al. 2015, arXiv:1412.6550, eq. 3).
 
     Where we differ: the squared distance is averaged and divided by the variance of the teacher's features, so that a
-    weight means the same at every layer of every network: 1 is as bad as to know nothing but the mean.
+    weight means the same at every layer of every network: 1 is as bad as to know nothing but the mean. Features that
+    are all one number have no variance: they count by their square, zeros as they are.
 
     Args:
         student: Features of any shape; what a regressor makes of them if the widths differ.
@@ -94,10 +127,13 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     1.0
     """
     _check_shapes(student, teacher)
-    wanted = teacher.detach().float()
-    return F.mse_loss(student.float(), wanted) / wanted.var(correction=0).clamp_min(_SMALLEST)
+    wanted = teacher.detach()
+    variance, square = wanted.var(correction=0), wanted.square().mean()
+    scale = torch.where(variance > _CONSTANT * square, variance, square)
+    return F.mse_loss(student, wanted) / torch.where(scale > 0, scale, 1.0)
 
 
+@_in_float32
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Match where the network looks (attention transfer, Zagoruyko and Komodakis 2017, arXiv:1612.03928, eq. 2).
 
@@ -120,10 +156,11 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
             "student and teacher must have shape (batch, channels, *positions) with equal batch and positions, got"
             f" {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    own, want = (F.normalize(features.float().square().sum(1).flatten(1)) for features in (student, teacher.detach()))
+    own, want = (F.normalize(features.square().sum(1).flatten(1)) for features in (student, teacher.detach()))
     return F.mse_loss(own, want)
 
 
+@_in_float32
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Match which examples of a batch look alike (Tung and Mori 2019, arXiv:1907.09682, eq. 4).
 
@@ -141,10 +178,11 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     0.0
     """
     _check_batch(student, teacher)
-    own, want = (F.normalize(_gram(features.float())) for features in (student, teacher.detach()))
+    own, want = (F.normalize(_gram(features)) for features in (student, teacher.detach()))
     return F.mse_loss(own, want)
 
 
+@_in_float32
 def relational_loss(
     student: Tensor, teacher: Tensor, *, distance_weight: float = 1.0, angle_weight: float = 2.0
 ) -> Tensor:
@@ -167,7 +205,7 @@ def relational_loss(
     0.0
     """
     _check_batch(student, teacher)
-    own, want = (features.float().flatten(1) for features in (student, teacher.detach()))
+    own, want = (features.flatten(1) for features in (student, teacher.detach()))
     loss = own.new_zeros(())
     if distance_weight:
         loss = loss + distance_weight * F.smooth_l1_loss(_distances(own), _distances(want))
@@ -176,6 +214,7 @@ def relational_loss(
     return loss
 
 
+@_in_float32
 def contrastive_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07) -> Tensor:
     """Tell the teacher's view of the same example from its views of others (CRD, Tian et al. 2020, arXiv:1910.10699).
 
@@ -198,12 +237,13 @@ def contrastive_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0
     """
     _check_shapes(student, teacher)
     _check_positive("temperature", temperature)
-    own, want = (F.normalize(features.float().flatten(1)) for features in (student, teacher))
+    own, want = (F.normalize(features.flatten(1)) for features in (student, teacher))
     cosines = own @ want.T / temperature
     places = torch.arange(len(cosines), device=cosines.device)
     return (F.cross_entropy(cosines, places) + F.cross_entropy(cosines.T, places)) / 2
 
 
+@_in_float32
 def squared_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Match values: logits (Ba and Caruana 2014, arXiv:1312.6184, eq. 1), a regression, an embedding.
 
@@ -221,14 +261,15 @@ def squared_loss(student: Tensor, teacher: Tensor) -> Tensor:
     5.0
     """
     _check_shapes(student, teacher)
-    return F.mse_loss(student.float(), teacher.detach().float())
+    return F.mse_loss(student, teacher.detach())
 
 
+@_in_float32
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Match directions of embeddings, whatever their lengths.
 
     Args:
-        student: Shape (..., width).
+        student: Shape (..., width); of four or five dimensions (batch, channels, *positions).
         teacher: Same shape.
 
     Returns:
@@ -241,7 +282,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     1.0
     """
     _check_shapes(student, teacher)
-    return 1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=-1).mean()
+    return 1 - F.cosine_similarity(student, teacher.detach(), dim=1 if student.ndim > 3 else -1).mean()
 
 
 def _binary(logs: Tensor, is_label: Tensor) -> Tensor:

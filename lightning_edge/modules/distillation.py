@@ -96,7 +96,18 @@ class DistillationModule(L.LightningModule):
             teachers = Teachers(_listed(teacher), teacher_weights, precision=teacher_precision, cache=cache)
             self.matching = Matching(terms, teachers, output_adapter or first_tensor)
         self.example_input_array = self.student.example_input_array
+        if own is not None and own.hparams:
+            self.save_hyperparameters(dict(own.hparams), logger=own._log_hyperparams)  # for checkpoints and loggers
         lend_hooks_(self, self.student)
+
+    @property
+    def strict_loading(self) -> bool:
+        """Whether a checkpoint has to have every key: as the student says."""
+        return self.student.strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, strict_loading: bool) -> None:
+        self.student.strict_loading = strict_loading
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's output."""
@@ -124,9 +135,12 @@ class DistillationModule(L.LightningModule):
         """Return the student's optimizer, which also steps the adapters, in its first group."""
         with speaking_for(self, self.student):
             configured = self.student.configure_optimizers()
-        adapters = [] if self.matching is None else list(self.matching.parameters())
+        adapters = {} if self.matching is None else dict(self.matching.named_parameters())
         if adapters:
-            _first_optimizer(configured).param_groups[0]["params"].extend(adapters)
+            group = _first_optimizer(configured).param_groups[0]
+            group["params"].extend(adapters.values())
+            if "param_names" in group:  # of an optimizer that was given named_parameters()
+                group["param_names"].extend(f"matching.{name}" for name in adapters)
         return configured
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -138,10 +152,12 @@ class DistillationModule(L.LightningModule):
             result = self.student.training_step(*([batch, batch_idx] if indexed else [batch]))
         if result is None:  # Lightning's way to skip a batch
             return None
+        calls = [call for call in calls if call.learns]  # another call may only measure
         if not calls:
             raise ValueError(
                 f"training_step of {type(self.student).__name__} must call its network, a {type(network).__name__}, got"
-                " no call: call the module, not its forward"
+                " no call with gradients: call the module, not its forward or its parts; where the network is the"
+                " LightningModule itself, self(x)"
             )
         labels = self.labels(batch) if any(term.needs_labels for term in matching.terms.values()) else None
         values = matching(calls, batch, labels, device=self.device)
@@ -160,7 +176,8 @@ class DistillationModule(L.LightningModule):
             term.check(epochs=epochs)
 
     def on_train_start(self) -> None:
-        """Refuse schedules that do not end: how many epochs there are is known now."""
+        """Refuse schedules that do not end: how many epochs there are is known now. Begin the moving averages."""
+        self._taught().teachers.begin(find_network(self))
         if not getattr(self.trainer, "fast_dev_run", False):
             self.check(epochs=_epochs(self.trainer))
         with speaking_for(self, self.student):
@@ -201,9 +218,14 @@ class DistillationModule(L.LightningModule):
 
 
 def _listed(teacher: TeacherSource | Sequence[TeacherSource]) -> list[TeacherSource]:
+    if isinstance(teacher, Sequence) and not isinstance(teacher, str):
+        return list(teacher)
     if isinstance(teacher, str | Path | nn.Module | MovingAverage) or callable(teacher):
         return [teacher]
-    return list(teacher)
+    raise ValueError(
+        "teacher must be a network, a callable that builds one, a path, MovingAverage(), or a list of these, got"
+        f" {teacher!r}"
+    )
 
 
 def _epochs(trainer: L.Trainer) -> float:

@@ -37,6 +37,9 @@ LOSSES: dict[str, Loss] = {
 TASK = "task"
 """How the student's own loss is called beside the terms."""
 
+_NUMBERS = {"weight": False, "end_weight": True, "temperature": True, "start_epoch": False, "end_epoch": True}
+"""Whether each may be None."""
+
 _SAME_SHAPE = (hint_loss, squared_loss, cosine_loss)
 _PROJECTED = (contrastive_loss,)
 
@@ -74,24 +77,39 @@ class DistillationTerm:
     schedule: str | Schedule = "linear"
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss, str) and self.loss not in LOSSES:
+        if not callable(self.loss) and self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)} or a callable, got {self.loss!r}")
-        for name, weight in (("weight", self.weight), ("end_weight", self.end_weight)):
-            if weight is not None and not weight >= 0:
-                raise ValueError(f"{name} must be >= 0, got {weight}")
+        self._check_numbers()
         if not self.weight and not self.end_weight:
             raise ValueError(f"weight must be positive, got {self.weight}: without end_weight the term does nothing")
         if self.temperature is not None and "temperature" not in self._parameters:
             raise ValueError(
                 f"temperature must be left out for the loss {self.loss!r}, which has none, got {self.temperature}"
             )
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.layers is not None and not isinstance(self.layers, Mapping):
+            raise ValueError(
+                f"layers must be layers of the student to layers of the teacher, got {self.layers!r}: write"
+                ' {"layer3": "layer3"}'
+            )
         if self.layers is not None and not self.layers:
             raise ValueError("layers must name at least one pair of layers, got none: leave it out for the outputs")
+        object.__setattr__(self, "schedule", find_schedule(self.schedule))  # looked up, and tried, once
+
+    def _check_numbers(self) -> None:
+        for name, may_be_none in _NUMBERS.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and 0 <= value < math.inf
+            if not is_number and not (value is None and may_be_none):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if self.temperature == 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.end_weight is None and (self.start_epoch or self.end_epoch is not None):
+            raise ValueError(
+                f"end_weight must be given with start_epoch={self.start_epoch} or end_epoch={self.end_epoch}, got None:"
+                " the weight has nowhere to go"
+            )
         if self.end_epoch is not None and self.end_epoch <= self.start_epoch:
             raise ValueError(f"end_epoch must be above start_epoch={self.start_epoch}, got {self.end_epoch}")
-        object.__setattr__(self, "schedule", find_schedule(self.schedule))  # looked up, and tried, once
 
     @property
     def function(self) -> Loss:
@@ -123,6 +141,11 @@ class DistillationTerm:
         for name, epoch in (("start_epoch", self.start_epoch), ("end_epoch", self.end_epoch)):
             if epoch is not None and epoch >= epochs:
                 raise ValueError(f"{name} must be below the {epochs:g} epochs of the fit (zero-based), got {epoch}")
+        if self.end_epoch is None and self.start_epoch >= epochs - 1:
+            raise ValueError(
+                f"start_epoch must leave an epoch for end_weight={self.end_weight}, got {self.start_epoch} in a fit of"
+                f" {epochs:g} epochs (zero-based)"
+            )
 
     def weight_at(self, epoch: float, *, last_epoch: float) -> float:
         """Return the weight at an epoch (zero-based).
@@ -133,8 +156,9 @@ class DistillationTerm:
         """
         if self.end_weight is None:
             return self.weight
-        end = last_epoch if self.end_epoch is None else self.end_epoch
-        done = progress_at(epoch, start=self.start_epoch, end=end) if end > self.start_epoch else 1.0
+        if epoch <= self.start_epoch:
+            return self.weight
+        done = progress_at(epoch, start=self.start_epoch, end=last_epoch if self.end_epoch is None else self.end_epoch)
         assert callable(self.schedule)
         return self.weight + (self.end_weight - self.weight) * self.schedule(done)
 
@@ -168,7 +192,7 @@ def checked_terms(losses: Mapping[str, DistillationTerm]) -> dict[str, Distillat
     for name, term in losses.items():
         if not isinstance(term, DistillationTerm):
             raise ValueError(f"losses[{name!r}] must be a DistillationTerm, got {term!r}: write {example}")
-        if name == TASK or not name or "." in name:
+        if not isinstance(name, str) or name == TASK or not name or "." in name:
             raise ValueError(
                 f"losses must have names without dots, other than {TASK!r}, the student's own loss, got {name!r}"
             )

@@ -145,7 +145,8 @@ class Matching(nn.Module):
             missing = [name for name in names if name not in call.features]
             if missing:
                 raise ValueError(
-                    f"layers of losses[{term!r}] must be called by the {whose}'s network, got no call of {missing[:3]}"
+                    f"layers of losses[{term!r}] must be called by the {whose}'s network, got no call of"
+                    f" {missing[:3]}: a network under torch.compile calls none, match its outputs or compile it later"
                 )
         return [(own.features[ours], taught.features[theirs]) for ours, theirs in pairs]
 
@@ -154,7 +155,9 @@ class Matching(nn.Module):
     ) -> Tensor:
         try:
             return self.terms[term].function(*self._adapted(_key(term, index, place), *pair), **more)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # RuntimeError: torch's own, of sizes that do not fit
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise ValueError(f"{self._where(term, index, place)}: {error}") from error
 
     def _where(self, term: str, index: int, place: int) -> str:
@@ -166,7 +169,9 @@ class Matching(nn.Module):
     def _adapted(self, key: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         adapt: dict[str, Any] = dict(self.adapters.items())
         if f"{key}_student" in adapt:
-            student = adapt[f"{key}_student"](student)
+            # Where images differ in size from batch to batch, so do the positions.
+            more = (teacher.shape[2:],) if isinstance(adapt[f"{key}_student"], FeatureAdapter) else ()
+            student = adapt[f"{key}_student"](student, *more)
         if f"{key}_teacher" in adapt:
             teacher = adapt[f"{key}_teacher"](teacher)
         return student, teacher

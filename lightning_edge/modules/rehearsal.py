@@ -56,8 +56,7 @@ def _inputs(module: L.LightningModule, network: nn.Module) -> tuple[Tensor, ...]
     """Return two rows for the network: of ``example_input_array``, else of what a training batch has first."""
     example = module.example_input_array
     if example is None:
-        with keep_random_state():
-            batch = next(iter(module.trainer.fit_loop._data_source.dataloader()))
+        batch = module.trainer.strategy.batch_to_device(_first_batch(module), dataloader_idx=0)
         example = batch[0] if isinstance(batch, list | tuple) else batch
     values = tuple(example) if isinstance(example, list | tuple) else (example,)
     for value in values:
@@ -68,9 +67,22 @@ def _inputs(module: L.LightningModule, network: nn.Module) -> tuple[Tensor, ...]
     try:
         with training_flags(network, False), keep_random_state(), torch.no_grad():
             network(*inputs)
-    except TypeError as error:
-        raise ValueError(_no_example(module, f"the network cannot be called with one tensor ({error})")) from error
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        reason = f"the network cannot be called with {'it' if example is module.example_input_array else 'a batch'}"
+        raise ValueError(_no_example(module, f"{reason} as it is ({error})")) from error
     return inputs
+
+
+def _first_batch(module: L.LightningModule) -> object:
+    """Return a batch, and leave the loader's own generators as they were."""
+    loader = module.trainer.fit_loop._data_source.dataloader()
+    kept = [getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))]
+    states = [(generator, generator.get_state()) for generator in kept if isinstance(generator, torch.Generator)]
+    with keep_random_state():
+        batch: object = next(iter(loader))
+    for generator, state in states:
+        generator.set_state(state)
+    return batch
 
 
 def _no_example(module: L.LightningModule, reason: str) -> str:

@@ -1,5 +1,6 @@
 """Networks that teach: frozen, in evaluation mode, outside of every module."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -97,16 +98,22 @@ class Teachers:
             raise ValueError(f"teacher_precision must be one of {get_args(Precision)} or None, got {precision!r}")
         if cache is not None and any(isinstance(source, MovingAverage) for source in sources):
             raise ValueError(f"cache must be None with a MovingAverage, which changes at every step, got {cache!r}")
+        if cache is not None and Path(cache).expanduser().is_file():
+            raise ValueError(f"cache must be a folder, got {str(cache)!r}, which is a file")
         self.shares = [share / sum(shares) for share in shares]
         self.networks: list[nn.Module] = []
         self.precision = precision
         self._folder = None if cache is None else Path(cache).expanduser()
-        self._caches: dict[int, TeacherCache] = {}
+        self._caches: dict[tuple[int, str], TeacherCache] = {}
         self._sources = list(sources)
         self._early: Mapping[str, Tensor] = {}
+        self._restored = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Teachers":
-        return self
+        """Return the same frozen networks; a fit of the copy begins averages of its own."""
+        own = copy.copy(self)
+        own.networks, own._caches = list(self.networks), dict(self._caches)
+        return own
 
     def build(self, student: nn.Module) -> None:
         """Build and load what is only named so far.
@@ -133,15 +140,24 @@ class Teachers:
         parameter = next(islice(network.parameters(), 1), None)
         if parameter is not None and parameter.device != device:
             network.to(device)
-        if network.training:
+        if any(module.training for module in network.modules()):
             network.eval()
         # A student of other numbers (precision="bf16-true") is given inputs of its own kind.
         wanted = torch.float32 if parameter is None else parameter.dtype
-        args, kwargs = tree_map_only(Tensor, partial(_as_floats, dtype=wanted), (call.args, call.kwargs))
+        # Copies: a network may change what it is given.
+        args, kwargs = tree_map_only(Tensor, partial(_as_floats, dtype=wanted, copy=True), (call.args, call.kwargs))
+        compute = partial(self._compute, network, layers, device)
         if self._folder is None:
-            return self._compute(network, args, kwargs, layers, device)
-        compute = partial(self._compute, network, args, kwargs, layers, device)
-        return self._cache(index, layers).answer(args, kwargs, compute)
+            return compute(args, kwargs)
+        return self._cache(index, layers, device).answer(args, kwargs, compute)
+
+    def begin(self, student: nn.Module) -> None:
+        """Begin the averages of a fit with the student as it is now, unless its checkpoint brought them."""
+        if not self._restored:
+            for index, source in enumerate(self._sources):
+                if isinstance(source, MovingAverage):
+                    self.networks[index] = _build(source, student)
+        self._restored = False
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
@@ -154,12 +170,14 @@ class Teachers:
                 continue
             if self._reshaped(index, student):
                 continue
-            average, current = self.networks[index].state_dict(), student.state_dict()
-            for name, value in current.items():
+            current = student.state_dict()
+            # A tensor with two names moves once.
+            average = {value.data_ptr(): (name, value) for name, value in self.networks[index].state_dict().items()}
+            for name, value in average.values():
                 if value.is_floating_point():
-                    average[name].lerp_(value.to(average[name].device), 1 - source.decay)
+                    value.lerp_(current[name].to(value), 1 - source.decay)
                 else:
-                    average[name].copy_(value)
+                    value.copy_(current[name])
 
     def averages(self) -> dict[str, Tensor]:
         """Return the moving averages, for a checkpoint: no other teacher changes."""
@@ -172,7 +190,7 @@ class Teachers:
 
     def load_averages(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
         """Take over what :meth:`averages` returned, of a student of these widths; now, or when they are built."""
-        self._early = {} if self.networks else state
+        self._early, self._restored = {} if self.networks else state, True
         for index, source in enumerate(self._sources if self.networks else ()):
             if isinstance(source, MovingAverage):
                 self._reshaped(index, student)
@@ -191,10 +209,10 @@ class Teachers:
     def _compute(
         self,
         network: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
         layers: Sequence[str],
         device: torch.device,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Call:
         with self._casting(device), recorded(network, layers) as calls:
             network(*args, **kwargs)
@@ -207,12 +225,15 @@ class Teachers:
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _cache(self, index: int, layers: Sequence[str]) -> TeacherCache:
-        if index not in self._caches:
+    def _cache(self, index: int, layers: Sequence[str], device: torch.device) -> TeacherCache:
+        with self._casting(device):
+            casting = torch.is_autocast_enabled(device.type)
+            precision = str(torch.get_autocast_dtype(device.type)) if casting else "as it is"
+        if (index, precision) not in self._caches:
             assert self._folder is not None
-            key = teacher_key(self.networks[index], layers, precision=self.precision)
-            self._caches[index] = TeacherCache(self._folder / key)
-        return self._caches[index]
+            key = teacher_key(self.networks[index], layers, precision=precision)
+            self._caches[index, precision] = TeacherCache(self._folder / key)
+        return self._caches[index, precision]
 
     def _reshaped(self, index: int, student: nn.Module) -> bool:
         """Copy the student anew if its shapes are not the average's any more; return whether they were not."""
@@ -231,11 +252,13 @@ def _build(source: TeacherSource, student: nn.Module) -> nn.Module:
         if not isinstance(source, MovingAverage):
             load_weights_(network, source)
         return network.requires_grad_(False).eval()
-    built = source if isinstance(source, nn.Module) else source()
+    built = source if isinstance(source, nn.Module) or not callable(source) else source()
     if not isinstance(built, nn.Module):
         raise ValueError(
             f"teacher must be a network, a callable that builds one, or a path, got {type(built).__name__}"
         )
+    if isinstance(built, L.LightningModule):
+        built.configure_model()
     network = find_network(built) if isinstance(built, L.LightningModule) else built
     if {id(parameter) for parameter in network.parameters()} & {id(parameter) for parameter in student.parameters()}:
         raise ValueError(
@@ -245,5 +268,5 @@ def _build(source: TeacherSource, student: nn.Module) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-def _as_floats(value: Tensor, *, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype) if value.is_floating_point() else value
+def _as_floats(value: Tensor, *, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    return value.to(dtype if value.is_floating_point() else value.dtype, copy=copy)

@@ -1,6 +1,6 @@
 """What a run is judged by, measured on the files that ship: bytes, error, latency, and an estimate of the energy."""
 
-from lightning_edge.report.footprint import Footprint, LayerFootprint, footprint
+from lightning_edge.report.footprint import Footprint, LayerFootprint, footprint, of_integers
 from lightning_edge.report.measure import Measurement, Score, measure_artifacts, score
 from lightning_edge.report.summary import EpochRecord, Report, ReportRow, environment, report_row
 from lightning_edge.report.table import print_table
@@ -17,6 +17,7 @@ __all__ = [
     "environment",
     "footprint",
     "measure_artifacts",
+    "of_integers",
     "print_table",
     "report_row",
     "score",

@@ -1,7 +1,7 @@
 """How much a network weighs and computes, layer by layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,26 @@ def footprint(network: nn.Module, example_inputs: Sequence[Tensor]) -> Footprint
     macs = counter.get_total_flops() // 2
     saved = sum(layer.macs - layer.effective_macs for layer in layers)
     return Footprint(layers, sum(p.numel() for p in network.parameters()), macs, macs - saved)
+
+
+def of_integers(counts: Footprint, converted: nn.Module) -> Footprint:
+    """Return the counts of the integers that a quantized network computes with: some weights have become zero.
+
+    Args:
+        counts: Of the network in float.
+        converted: What ``surgery.quantization.convert`` made of it, integers in buffers ``NAME.weight_int8``.
+    """
+    integers = dict(converted.named_buffers())
+    layers = []
+    for layer in counts.layers:
+        values = integers.get(f"{layer.name}.weight_int8")
+        if values is not None and values.numel() == layer.weights:
+            nonzero, distinct = int(values.count_nonzero()), len(torch.unique(values))
+            effective = round(layer.macs * nonzero / layer.weights)
+            layer = replace(layer, nonzero=nonzero, distinct=distinct, effective_macs=effective)
+        layers.append(layer)
+    saved = sum(layer.macs - layer.effective_macs for layer in layers)
+    return replace(counts, layers=tuple(layers), effective_macs=counts.macs - saved)
 
 
 class _Plain(nn.Module):

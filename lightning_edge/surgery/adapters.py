@@ -1,5 +1,7 @@
 """Small trained layers between features of different sizes; they are dropped when the student is done."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ class FeatureAdapter(nn.Module):
             raise ValueError(
                 f"features must have equally many dimensions to be adapted, got shapes {source} and {target}"
             )
-        self.target = tuple(target[1:])
+        self.positions = tuple(target[2:])
         self.has_positions = _has_positions(source, channels_first)
         width, wanted = (source[1], target[1]) if self.has_positions else (source[-1], target[-1])
         self.projection: nn.Module = nn.Identity()
@@ -46,11 +48,12 @@ class FeatureAdapter(nn.Module):
                 " they are (batch, channels, positions), match the Conv1d itself"
             )
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the features in the target's shape."""
+    def forward(self, features: Tensor, positions: Sequence[int] | None = None) -> Tensor:
+        """Return the features in the target's width, at so many positions; default: the target's."""
         adapted: Tensor = self.projection(features)
-        if self.has_positions and adapted.shape[2:] != self.target[1:]:
-            adapted = F.interpolate(adapted, size=self.target[1:], mode="area")
+        size = self.positions if positions is None else tuple(positions)
+        if self.has_positions and adapted.shape[2:] != size:
+            adapted = F.interpolate(adapted, size=size, mode="area")
         return adapted
 
 

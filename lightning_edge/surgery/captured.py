@@ -18,7 +18,7 @@ from lightning_edge.surgery.conversion import replace_fake_quantizers_
 from lightning_edge.surgery.exact_scales import odd_multiples, odd_requantization
 from lightning_edge.surgery.fakequant import requantized
 from lightning_edge.surgery.quantizer_state import has_range, load_state_, ranges_of, set_range_, set_ranges_, state_of
-from lightning_edge.surgery.quantizers import Quantizer
+from lightning_edge.surgery.quantizers import Quantizer, WeightQuantizer
 from lightning_edge.surgery.taps import remove_taps_
 
 WeightBits = int | Mapping[str, int]
@@ -204,6 +204,12 @@ class CapturedNetwork:
         found = [tuple(names[path] for path in paths) for paths in requantized(self.graph_module, self._pairs)]
         return {weight.rpartition("weight")[0].removesuffix("."): (data, weight, out) for data, weight, out in found}
 
+    def follow_codebooks(self) -> None:
+        """Round shared weights by their shared values as these are at the next call, as a conversion does."""
+        for quantizer in self.observers.values():
+            if isinstance(quantizer, WeightQuantizer):
+                quantizer.follow_codebook()
+
     def freeze_observers(self) -> None:
         """Keep the ranges from here on, with scales that every runtime rounds alike.
 
@@ -222,6 +228,7 @@ class CapturedNetwork:
             data, weight, output = (tensor_at(self.graph_module, f"{path}.scale") for path in paths)
             weight.copy_(odd_requantization(weight, input_scale=float(data), output_scale=float(output)))
         self.observers_frozen, self._flags = True, None
+        self.follow_codebooks()
 
     def observer_state(self) -> dict[str, Tensor]:
         """Return ranges, scales and zero points as copies, by observer name."""
@@ -313,6 +320,12 @@ class CapturedNetwork:
             quantizer.enable_observer(observing)
             wanted = self._rounding and (self._only is None or name in self._only)
             quantizer.enable_fake_quant(wanted and (observing or has_range(quantizer)))
+        if self.observers_frozen:
+            for paths in requantized(self.graph_module, self._pairs):
+                data, output = (float(tensor_at(self.graph_module, f"{path}.scale")) for path in paths[::2])
+                weight = self.graph_module.get_submodule(paths[1])
+                assert isinstance(weight, WeightQuantizer)
+                weight.around = data, output
 
     def _move_constants(self, device: torch.device) -> None:
         for node in self._nodes.values():

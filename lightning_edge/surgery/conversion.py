@@ -8,10 +8,8 @@ from torch.fx import GraphModule, Node
 
 from lightning_edge.surgery.batchnorm import WEIGHTED, new_constant
 from lightning_edge.surgery.capture import GUARDS, eliminate_dead_code_, operand, tensor_at
-from lightning_edge.surgery.exact_scales import odd_requantization
-from lightning_edge.surgery.fakequant import DROPOUTS, JOINTS, requantized, selects
+from lightning_edge.surgery.fakequant import DROPOUTS, JOINTS, selects
 from lightning_edge.surgery.quantizers import ActivationQuantizer, WeightQuantizer
-from lightning_edge.surgery.shared_integers import shared_integers
 
 _aten = torch.ops.aten
 _qd = torch.ops.quantized_decomposed
@@ -35,23 +33,18 @@ def remove_training_(graph_module: GraphModule) -> None:
 def replace_fake_quantizers_(graph_module: GraphModule) -> None:
     """Put integers in the place of fake quantizers: int8 constants for weights, quantize-dequantize for activations.
 
-    The scales are those that the fake quantizers computed with, to the bit; but a weight of shared values with a scale
-    per channel gets the integers of its codebook, see :mod:`lightning_edge.surgery.shared_integers`. What only matters
-    in training goes.
+    The scales are those that the fake quantizers computed with, to the bit. Those of 8-bit weights of shared values
+    with a scale per channel follow the codebook as it is now, see :mod:`lightning_edge.surgery.shared_integers`:
+    training looks for it before each epoch and each validation. What only matters in training goes.
     """
     graph = graph_module.graph
     remove_training_(graph_module)
-    around = _steps_around_weights(graph_module)
     for node in graph.find_nodes(op="call_module"):
         quantizer = graph_module.get_submodule(str(node.target))
         assert isinstance(quantizer, WeightQuantizer | ActivationQuantizer)
         with graph.inserting_before(node):
             is_weight = isinstance(quantizer, WeightQuantizer)
-            new = (
-                _integer_weight(graph_module, node, quantizer, around.get(str(node.target)))
-                if is_weight
-                else _pair(node, quantizer)
-            )
+            new = _integer_weight(graph_module, node, quantizer) if is_weight else _pair(node, quantizer)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     for node in list(graph.nodes):
@@ -68,13 +61,11 @@ def replace_fake_quantizers_(graph_module: GraphModule) -> None:
     _forget_unused_tensors(graph_module)
 
 
-def _integer_weight(
-    graph_module: GraphModule, node: Node, quantizer: WeightQuantizer, around: tuple[float, float] | None
-) -> Node:
+def _integer_weight(graph_module: GraphModule, node: Node, quantizer: WeightQuantizer) -> Node:
     value = operand(node)
     assert value.op == "get_attr", "weights are constants once batch norms are folded"
     name = str(value.target).removesuffix("_folded")
-    integers, scale = _rounded(tensor_at(graph_module, value.target).detach(), quantizer, around)
+    integers, scale = _rounded(tensor_at(graph_module, value.target).detach(), quantizer)
     zero_point = torch.zeros_like(scale, dtype=torch.int32)
     constants = [
         new_constant(graph_module, f"{name}_{part}", tensor)
@@ -84,28 +75,15 @@ def _integer_weight(
     return graph_module.graph.call_function(_qd.dequantize_per_channel.default, (*constants, *limits))
 
 
-def _rounded(weight: Tensor, quantizer: WeightQuantizer, around: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
-    """Return integers and steps of a weight; ``around``: the steps of its layer's input and output."""
-    shared = shared_integers(weight, largest=quantizer.quant_max)
-    if shared is None:
-        scale = quantizer.steps_of(weight)
-        zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        limits = (0, quantizer.quant_min, quantizer.quant_max, torch.int8)
-        return _qd.quantize_per_channel(weight, scale, zero_point, *limits), scale
-    integers, scale = shared
-    if quantizer.fixed and around is not None:
-        scale = odd_requantization(scale, input_scale=around[0], output_scale=around[1])
-    return integers, scale
-
-
-def _steps_around_weights(graph_module: GraphModule) -> dict[str, tuple[float, float]]:
-    """Return the steps of the input and the output of each layer that has both, by the path of its quantizer."""
-    found = requantized(graph_module, {})
-    return {weight: (_scale_at(graph_module, data), _scale_at(graph_module, out)) for data, weight, out in found}
-
-
-def _scale_at(graph_module: GraphModule, path: str) -> float:
-    return float(tensor_at(graph_module, f"{path}.scale"))
+def _rounded(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
+    """Return integers and steps of a weight."""
+    shared = quantizer.shared(weight)
+    if shared is not None:
+        return shared
+    scale = quantizer.steps_of(weight)
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    limits = (0, quantizer.quant_min, quantizer.quant_max, torch.int8)
+    return _qd.quantize_per_channel(weight, scale, zero_point, *limits), scale
 
 
 def _round_bias(graph_module: GraphModule, layer: Node) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_edge.surgery.captured import captured_of
 from lightning_edge.surgery.selection import unwrapped
@@ -24,11 +25,13 @@ class Call:
     output: Any = None
     features: dict[str, Tensor] = field(default_factory=dict)
     """Outputs of the layers that are looked at, by qualified name."""
+    learns: bool = True
+    """Whether gradients are computed of it."""
 
     @property
     def rows(self) -> int:
         """How many rows the inputs have: those of their first tensor."""
-        inputs = (*self.args, *self.kwargs.values())
+        inputs = tree_leaves((self.args, self.kwargs))
         return next((len(value) for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
 
 
@@ -36,7 +39,8 @@ class Call:
 def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Call]]:
     """Record every call of the network while the context is open: inputs, output, and the outputs of some layers.
 
-    Gradients flow through what is recorded. Nothing stays in the network afterwards, but for a network under
+    Inputs and features are copies, as they were before a layer like ``nn.ReLU(inplace=True)`` changed them. Gradients
+    flow through features and output. Nothing stays in the network afterwards, but for a network under
     quantization-aware training, whose layers do not run as modules: its graph gets further outputs, which cost nothing.
 
     Args:
@@ -54,7 +58,8 @@ def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Ca
     calls: list[Call] = []
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(args, kwargs))
+        args, kwargs = tree_map_only(Tensor, _copy, (args, kwargs))
+        calls.append(Call(args, kwargs, learns=torch.is_grad_enabled()))
 
     def end(_: nn.Module, __: object, output: object) -> None:
         calls[-1].output = output
@@ -65,7 +70,8 @@ def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Ca
         for name, layer in _layers(network, layers).items():
 
             def keep(_: nn.Module, __: object, output: object, name: str = name) -> None:
-                calls[-1].features[name] = first_tensor(output, what=f"layer {name!r}", mend="match another layer")
+                feature = first_tensor(output, what=f"layer {name!r}", mend="match another layer")
+                calls[-1].features[name] = feature.clone()
 
             stack.enter_context(layer.register_forward_hook(keep))
         stack.enter_context(network.register_forward_hook(end))
@@ -155,6 +161,10 @@ def _through_all_layers() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().clone()
 
 
 def _layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

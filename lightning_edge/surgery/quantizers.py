@@ -11,6 +11,9 @@ from torchao.quantization.pt2e import (
     MovingAveragePerChannelMinMaxObserver,
 )
 
+from lightning_edge.surgery.exact_scales import odd_requantization
+from lightning_edge.surgery.shared_integers import shared_integers
+
 WEIGHT_BITS = (8, 4)
 _CLIPS = torch.linspace(0.3, 1.0, 71)
 
@@ -20,7 +23,9 @@ class WeightQuantizer(FakeQuantize):  # type: ignore[misc]  # torchao has no typ
 
     The step is the channel's largest magnitude of the moment, times ``exp(log_clip)``, over the largest integer: it
     follows the weight, and a batch norm in front, at every call, in evaluation too, where nothing is stored. Fixed
-    steps (:attr:`fixed`) are those in ``scale``.
+    steps (:attr:`fixed`) are those in ``scale``. Where 8 bits round a weight of shared values with a scale per channel,
+    ``log_clip`` makes the step that of the whole codebook, so that the layer keeps few integers; see
+    :mod:`lightning_edge.surgery.shared_integers`.
 
     Args:
         bits: 8 or 4; with 4 bits the integers are -7..7, kept in int8.
@@ -42,12 +47,17 @@ class WeightQuantizer(FakeQuantize):  # type: ignore[misc]  # torchao has no typ
             ch_axis=0,
         )
         self.bits, self.learned, self.fixed = bits, learned, False
+        self.shares = bits == 8 and not learned
+        self.around: tuple[float, float] | None = None
+        self._stale = True
         self.log_clip = nn.Parameter(torch.zeros(0), requires_grad=learned)
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the rounded weight."""
         if self.log_clip.numel() == 0:
             self.log_clip.data = self._first_clip(values.detach())
+        if self._stale:
+            self._follow(values.detach())
         if self.fixed:
             scale = self.scale
         else:
@@ -73,6 +83,29 @@ class WeightQuantizer(FakeQuantize):  # type: ignore[misc]  # torchao has no typ
         """Return the steps, shape (channels,), that this weight is rounded with."""
         steps: Tensor = self.scale if self.fixed else self._steps(weight)
         return steps.detach().clone()
+
+    def follow_codebook(self) -> None:
+        """Look at the next call for shared values, which training moves; their steps are those of the conversion."""
+        self._stale = True
+
+    @torch.no_grad()
+    def shared(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return integers and steps of a weight of shared values, if its layer keeps few integers; None if not."""
+        found = shared_integers(weight) if self.shares else None
+        if found is None or self.around is None:
+            return found
+        return found[0], odd_requantization(found[1], input_scale=self.around[0], output_scale=self.around[1])
+
+    @torch.no_grad()
+    def _follow(self, weight: Tensor) -> None:
+        self._stale = False
+        found = self.shared(weight)
+        if self.fixed and found is not None:
+            self.scale.copy_(found[1])
+        elif self.shares:
+            self.log_clip.data.zero_()
+            if found is not None:
+                self.log_clip.data.copy_((found[1] / self._steps(weight)).log())
 
     def _steps(self, weight: Tensor) -> Tensor:
         largest = weight.abs().flatten(1).amax(1)

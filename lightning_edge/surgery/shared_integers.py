@@ -5,8 +5,10 @@ from torch import Tensor
 
 from lightning_edge.surgery.channel_scales import channel_scales
 
+_LARGEST = 127
 
-def shared_integers(weight: Tensor, *, largest: int = 127) -> tuple[Tensor, Tensor] | None:
+
+def shared_integers(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return integers and steps of a weight that is a scale per channel times shared values, None if it is none.
 
     Rounded by its own range, each channel makes other integers of the same shared values. Here the codebook is rounded,
@@ -15,7 +17,6 @@ def shared_integers(weight: Tensor, *, largest: int = 127) -> tuple[Tensor, Tens
 
     Args:
         weight: Shape (channels, ...), with the batch norm behind it folded in.
-        largest: Of the integers.
 
     Returns:
         int8 of the shape of ``weight``, and float32 steps, shape (channels,).
@@ -31,5 +32,5 @@ def shared_integers(weight: Tensor, *, largest: int = 127) -> tuple[Tensor, Tens
     if found is None:
         return None
     scales, codes, codebook = (part.to(weight.device) for part in found)
-    step = codebook.abs().max() / largest
+    step = codebook.abs().max() / _LARGEST
     return torch.round(codebook / step).to(torch.int8)[codes.long()], scales * step

@@ -1,5 +1,6 @@
 """Weights of a network from a file, whatever wrote it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,10 +30,19 @@ def load_weights_(network: nn.Module, path: str | Path) -> None:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint must be a file, got {str(path)!r}, which is none")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    weights = state.get("state_dict", state)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what pickle, zipfile and itself raise
+        raise ValueError(
+            "checkpoint must be a file of tensors, numbers and strings, which torch.load reads with weights_only=True,"
+            f" got {path} ({type(error).__name__}): save network.state_dict() alone"
+        ) from error
+    weights = state.get("state_dict", state) if isinstance(state, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"checkpoint must hold a state_dict, got {path} with a {type(weights or state).__name__}")
     first = next(iter(network.state_dict()))
-    prefixes = [name.removesuffix(first) for name in weights if name == first or name.endswith(f".{first}")]
+    names = [name for name in weights if isinstance(name, str)]
+    prefixes = [name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}")]
     if not prefixes:
         raise ValueError(f"checkpoint must hold weights of {type(network).__name__}, got {path} without {first!r}")
     prefix = min(prefixes, key=len)

@@ -204,3 +204,40 @@ def test_bad_arguments_are_refused():
         decoupled_loss(logits, logits, torch.zeros(2))
     with pytest.raises(ValueError, match="equal batch and positions"):
         attention_loss(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "loss", [soft_target_loss, lambda s, t: decoupled_loss(s, t, torch.arange(8)), relational_loss]
+)
+def test_numbers_of_half_precision_are_compared_in_float32(loss):
+    draw = torch.Generator().manual_seed(0)
+    teacher = torch.randn(8, 100, generator=draw).bfloat16()
+    student = (teacher + 0.05 * torch.randn(8, 100, generator=draw)).bfloat16()
+    expected = loss(student.float(), teacher.float())
+    assert torch.equal(loss(student, teacher), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(student, teacher), expected)
+    assert torch.isfinite(loss(3e4 * torch.eye(8).half(), torch.zeros(8, 8).half()))
+
+
+def test_a_hint_of_features_that_are_all_one_number_stays_small():
+    student = torch.ones(4, 3)
+    assert hint_loss(student, torch.zeros(4, 3)).item() == 1.0
+    assert hint_loss(student, torch.full((4, 3), 2.0)).item() == pytest.approx(0.25)
+    assert hint_loss(student[:1, :1], torch.full((1, 1), 2.0)).item() == pytest.approx(0.25)
+
+
+def test_cosine_of_images_is_taken_over_their_channels():
+    student, teacher = torch.randn(2, 5, 3, 1), torch.randn(2, 5, 3, 1)
+    expected = 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=1).mean()
+    assert cosine_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_labels_that_are_no_classes_are_refused():
+    logits = torch.randn(2, 3)
+    assert decoupled_loss(logits, -logits, torch.tensor([0, 2], dtype=torch.int32)) > 0
+    for wrong in (-100, 3):
+        with pytest.raises(ValueError, match=rf"labels must lie in \[0, 3\), got \[{wrong}\]"):
+            decoupled_loss(logits, logits, torch.tensor([0, wrong]))
+    with pytest.raises(ValueError, match="student must have logits of two classes at least"):
+        decoupled_loss(logits[:, :1], logits[:, :1], torch.tensor([0, 0]))

@@ -73,9 +73,9 @@ def fit(module, folder, *callbacks, epochs=2, ckpt_path=None, loader=None, **opt
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "limit_val_batches": 0 if loader else None,  # a loader of the test's own is for training
+        "limit_val_batches": None if loader is None else 0,  # a loader of the test's own is for training
     }
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
     trainer = L.Trainer(**settings | options, callbacks=[ExactResume(), *callbacks, keep])
-    trainer.fit(module, *([loader, loader] if loader else loaders()), ckpt_path=ckpt_path)
+    trainer.fit(module, *(loaders() if loader is None else [loader, loader]), ckpt_path=ckpt_path)
     return trainer

@@ -187,7 +187,9 @@ def test_an_averaged_student_has_no_teacher_and_keeps_its_adapters(tmp_path):
 def test_a_deep_copy_runs_its_own_hooks_and_shares_the_teacher():
     module = DistillationModule(Task(network()), network(1))
     twin = copy.deepcopy(module)
-    assert twin.matching.teachers is module.matching.teachers
+    for one in (module, twin):
+        one.matching.build(one.student.net)
+    assert twin.matching.teachers.networks[0] is module.matching.teachers.networks[0]
     twin.on_train_batch_end({"batch_idx": 7}, None, 0)
     assert twin.student.hooks == ["batch 7"]
     assert module.student.hooks == []
@@ -275,3 +277,64 @@ def test_what_cannot_work_is_refused(tmp_path):
         Teachers([network(), network()], [1.0])
     with pytest.raises(ValueError, match="decay must lie in"):
         MovingAverage(1.0)
+
+
+class Configured(Task):
+    def __init__(self, width=8):
+        super().__init__(network(0, width))
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_and_strictness_are_the_student_s(tmp_path):
+    module = DistillationModule(Configured(width=6), network(1))
+    assert dict(module.hparams) == {"width": 6}
+    fit(module, tmp_path, epochs=1)
+    assert torch.load(tmp_path / "epoch=0.ckpt", weights_only=False)["hyper_parameters"] == {"width": 6}
+    assert module.strict_loading
+    module.student.strict_loading = False
+    assert not module.strict_loading
+
+
+class MeasuresToo(Task):
+    def training_step(self, batch, batch_idx):
+        result = super().training_step(batch, batch_idx)
+        with torch.no_grad():
+            self.net(batch[0] + 1.0)
+        return result
+
+
+def test_a_call_without_gradients_does_not_count(tmp_path):
+    values = []
+    for task in (Task, MeasuresToo):
+        student = network()
+        student.drop.p = 0.0
+        module = DistillationModule(task(student), network(1), {"out": DistillationTerm("squared")})
+        student.norm.momentum = 0.0
+        values.append(fit(module, tmp_path, epochs=1).callback_metrics["distillation/out"])
+    assert torch.equal(*values)
+
+
+def test_an_optimizer_of_named_parameters_knows_the_adapters(tmp_path):
+    class Named(Task):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.named_parameters(), 0.1)
+
+    module = DistillationModule(Named(network()), network(1, 16), LAYERS)
+    (group,) = fit(module, tmp_path, epochs=1).optimizers[0].param_groups
+    assert len(group["param_names"]) == len(group["params"])
+    assert sum(name.startswith("matching.") for name in group["param_names"]) == len(list(module.matching.parameters()))
+
+
+def test_images_of_several_sizes_are_adapted(tmp_path):
+    class Sizes(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for size in (6, 8, 10):
+                yield torch.randn(4, 1, size, size), torch.randint(0, 4, (4,))
+
+    teacher = network(1, 16)
+    teacher.conv.stride = (2, 2)
+    terms = {"hint": DistillationTerm("hint", layers={"conv": "conv"})}
+    trainer = fit(
+        DistillationModule(Task(network()), teacher, terms), tmp_path, loader=DataLoader(Sizes(), batch_size=None)
+    )
+    assert torch.isfinite(trainer.callback_metrics["distillation/hint"])

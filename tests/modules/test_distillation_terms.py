@@ -10,7 +10,14 @@ def test_weights_follow_their_schedule():
     assert [term.weight_at(epoch, last_epoch=9) for epoch in (0, 2, 3, 6, 9)] == [1.0, 1.0, 0.75, 0.0, 0.0]
     assert DistillationTerm(weight=2.0).weight_at(5, last_epoch=9) == 2.0
     assert DistillationTerm(weight=0.0, end_weight=2.0, schedule="cubic").weight_at(5, last_epoch=10) == 1.75
-    assert DistillationTerm(weight=0.0, end_weight=2.0).weight_at(0, last_epoch=0) == 2.0
+
+
+@pytest.mark.parametrize("schedule", ["one_shot", "multi_step", "linear"])
+def test_until_its_start_a_weight_is_the_first_one_whatever_the_schedule(schedule):
+    term = DistillationTerm(weight=2.0, end_weight=0.0, start_epoch=5, end_epoch=8, schedule=schedule)
+    weights = [term.weight_at(epoch, last_epoch=9) for epoch in range(10)]
+    assert weights[:6] == [2.0] * 6
+    assert weights[8:] == [0.0] * 2
 
 
 def test_terms_refuse_what_they_cannot_do():
@@ -18,18 +25,31 @@ def test_terms_refuse_what_they_cannot_do():
         DistillationTerm("kd")
     with pytest.raises(ValueError, match="weight must be positive, got 0"):
         DistillationTerm(weight=0)
-    with pytest.raises(ValueError, match="weight must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="weight must be a finite number >= 0, got -1"):
         DistillationTerm(weight=-1)
     with pytest.raises(ValueError, match="temperature must be left out"):
         DistillationTerm("hint", temperature=2.0, layers={"a": "b"})
     with pytest.raises(ValueError, match="layers must name at least one pair"):
         DistillationTerm("hint", layers={})
     with pytest.raises(ValueError, match="end_epoch must be above start_epoch=3"):
-        DistillationTerm(start_epoch=3, end_epoch=3)
+        DistillationTerm(end_weight=0.0, start_epoch=3, end_epoch=3)
     with pytest.raises(ValueError, match="schedule must be one of"):
         DistillationTerm(schedule="fast")
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         DistillationTerm(temperature=0)
+    with pytest.raises(ValueError, match="end_weight must be given with start_epoch=2"):
+        DistillationTerm(start_epoch=2)
+    with pytest.raises(ValueError, match="start_epoch must leave an epoch for end_weight=0.0, got 0.0 in a fit of 1"):
+        DistillationTerm(end_weight=0.0).check(epochs=1)
+
+
+@pytest.mark.parametrize("options", [{"weight": "1"}, {"temperature": "4"}, {"weight": float("inf")}, {"loss": 3}])
+def test_what_is_no_number_or_loss_is_named_with_its_value(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
+        DistillationTerm(**options)
+    with pytest.raises(ValueError, match=r"layers must be layers of the student .* got 'conv': write"):
+        DistillationTerm("hint", layers="conv")
 
 
 @pytest.mark.parametrize(

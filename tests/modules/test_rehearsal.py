@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from students import Net, Task, fit, network
+from students import Net, Task, data, fit, network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -93,7 +93,9 @@ class PairTask(Task):
 def test_a_network_of_two_inputs_asks_for_an_example(tmp_path):
     loader = DataLoader(TensorDataset(torch.randn(16, 4), torch.randn(16, 4)), 8)
     module = DistillationModule(PairTask(), Pair(), hint({"fc": "fc"}))
-    with pytest.raises(ValueError, match="example_input_array of PairTask must be set .* be called with one tensor"):
+    with pytest.raises(
+        ValueError, match="example_input_array of PairTask must be set .* be called with a batch as it is"
+    ):
         fit(module, tmp_path, loader=loader)
     task = PairTask()
     task.example_input_array = (torch.zeros(2, 4), torch.zeros(2, 4))
@@ -213,3 +215,25 @@ def test_a_rehearsal_draws_no_random_numbers(tmp_path):
         fit(module, tmp_path, epochs=1)
         trained.append(module.student_state_dict()["conv.weight"])
     assert torch.equal(*trained)
+
+
+def test_a_rehearsal_leaves_the_loader_s_own_generator_alone(tmp_path):
+    soft = {"soft": DistillationTerm(weight=0.9)}
+    trained = []
+    for terms in (soft, soft | {"none": DistillationTerm("hint", weight=1e-30, layers={"conv": "conv"})}):
+        loader = DataLoader(data(), 16, shuffle=True, generator=torch.Generator().manual_seed(3))
+        module = DistillationModule(Task(network()), network(1), terms)
+        fit(module, tmp_path, epochs=1, loader=loader)
+        trained.append(module.student_state_dict()["conv.weight"])
+    assert torch.equal(*trained)
+
+
+def test_a_rehearsal_sees_what_the_hooks_make_of_a_batch(tmp_path):
+    class Bytes(Task):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0].float() / 255, batch[1]
+
+    images = torch.randint(0, 255, (32, 1, 6, 6), dtype=torch.uint8)
+    loader = DataLoader(TensorDataset(images, torch.randint(0, 4, (32,))), 16)
+    trainer = fit(DistillationModule(Bytes(network()), network(1, 16), hint({"conv": "conv"})), tmp_path, loader=loader)
+    assert torch.isfinite(trainer.callback_metrics["distillation/hint"])

@@ -1,5 +1,7 @@
 """The teacher's outputs on disk: computed once, the same losses, never another teacher's or other data's."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from students import Task, data, fit, network
@@ -42,7 +44,7 @@ def distilled(folder, cache, *callbacks, teacher=None, **options):
 def test_the_losses_are_those_without_a_cache_and_every_row_is_computed_once(tmp_path):
     plain, without, _ = distilled(tmp_path / "plain", None, epochs=3)
     cached, within, rows = distilled(tmp_path / "cached", tmp_path / "cache", epochs=3)
-    assert rows == 48 + 2  # two rows are tried before the fit
+    assert rows == 48 + 2 + 2  # two rows are tried before the fit, and once more in reverse
     for name in ("soft", "hint", "task"):
         expected = without.callback_metrics[f"distillation/{name}"]
         torch.testing.assert_close(within.callback_metrics[f"distillation/{name}"], expected, atol=1e-5, rtol=1e-5)
@@ -65,12 +67,12 @@ def test_a_changed_teacher_or_changed_data_are_computed_anew(tmp_path):
     with torch.no_grad():
         other.fc.bias[0] += 1e-3
     _, _, rows = distilled(tmp_path / "teacher", tmp_path / "cache", teacher=other)
-    assert rows == 50
+    assert rows == 48 + 2 + 2
     images, labels = data().tensors
     images[:5] += 1e-6
     loader = DataLoader(torch.utils.data.TensorDataset(images, labels), 16, shuffle=True)
     _, _, rows = distilled(tmp_path / "data", tmp_path / "cache", loader=loader, epochs=1)
-    assert 0 < rows <= 48 + 2
+    assert 0 < rows <= 48 + 2 + 2
 
 
 @pytest.mark.parametrize("shard_rows", [7, 4096])
@@ -108,16 +110,16 @@ def test_augmented_data_are_said_to_be_of_no_use_and_fill_no_disk(tmp_path):
 
 
 def test_two_ranks_read_each_other_s_rows_after_the_epoch(tmp_path):
-    def teach(rows):
-        return lambda: Call((rows,), {}, {"logits": 2 * rows}, {"conv": rows + 1})
+    def teach(args, kwargs):
+        return Call(args, kwargs, {"logits": 2 * args[0]}, {"conv": args[0] + 1})
 
-    def never():
+    def never(args, kwargs):
         raise AssertionError("computed again")
 
     first, second = TeacherCache(tmp_path), TeacherCache(tmp_path)
     left, right = torch.rand(3, 2), torch.rand(4, 2)
-    first.answer((left,), {}, teach(left))
-    second.answer((right,), {}, teach(right))
+    first.answer((left,), {}, teach)
+    second.answer((right,), {}, teach)
     for cache in (first, second):
         cache.flush()
     for cache in (first, second):
@@ -130,7 +132,7 @@ def test_two_ranks_read_each_other_s_rows_after_the_epoch(tmp_path):
 
 def test_a_shard_is_whole_or_not_there(tmp_path, monkeypatch):
     cache, rows = TeacherCache(tmp_path), torch.rand(3, 2)
-    cache.answer((rows,), {}, lambda: Call((rows,), {}, rows, {}))
+    cache.answer((rows,), {}, lambda args, kwargs: Call(args, kwargs, args[0], {}))
     real = torch.save
 
     def dies(shard, path):
@@ -142,14 +144,64 @@ def test_a_shard_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         cache.flush()
     assert not list(tmp_path.glob("*.pt"))
-    assert TeacherCache(tmp_path).answer((rows,), {}, lambda: Call((rows,), {}, -rows, {})).output[0, 0] < 0
+    assert (
+        TeacherCache(tmp_path).answer((rows,), {}, lambda args, kwargs: Call(args, kwargs, -args[0], {})).output[0, 0]
+        < 0
+    )
 
 
 def test_a_teacher_without_a_row_for_each_row_is_refused(tmp_path):
     rows = torch.rand(3, 2)
     for output in (rows.flatten(), rows.sum(), {"logits": rows, "count": 3}):
-        with pytest.raises(ValueError, match="cache must be None for a teacher that does not give one row for each of"):
-            TeacherCache(tmp_path).answer((rows,), {}, lambda output=output: Call((rows,), {}, output, {}))
+        with pytest.raises(
+            ValueError, match="cache must be None for a teacher that does not give tensors with one row"
+        ):
+            TeacherCache(tmp_path).answer(
+                (rows,), {}, lambda args, kwargs, output=output: Call(args, kwargs, output, {})
+            )
+
+
+def test_a_teacher_whose_rows_depend_on_each_other_is_refused(tmp_path):
+    rows = torch.rand(4, 2)
+    for teach in (
+        lambda args, kwargs: Call(args, kwargs, args[0].cumsum(0), {}),  # time comes first
+        lambda args, kwargs: Call(args, kwargs, args[1] @ args[0], {}),  # a graph
+    ):
+        with pytest.raises(ValueError, match="cache must be None for a teacher that gives other rows .* another order"):
+            TeacherCache(tmp_path).answer((rows, torch.rand(4, 4)), {}, teach)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_computed_again(tmp_path):
+    rows = torch.rand(3, 2)
+    cache = TeacherCache(tmp_path)
+    cache.answer((rows,), {}, lambda args, kwargs: Call(args, kwargs, args[0], {}))
+    cache.flush()
+    (shard,) = tmp_path.glob("*.pt")
+    for left in (0, 100):
+        shard.write_bytes(shard.read_bytes()[:left])
+        with pytest.warns(UserWarning, match=f"cache must hold whole files, got .*{shard.name}, which cannot be read"):
+            again = TeacherCache(tmp_path)
+        assert torch.equal(
+            again.answer((rows,), {}, lambda args, kwargs: Call(args, kwargs, -args[0], {})).output, -rows
+        )
+
+
+def test_a_cache_that_cannot_be_kept_is_refused(tmp_path):
+    Pair = namedtuple("Pair", "logits")
+    with pytest.raises(ValueError, match="cache must be None for a teacher that gives a Pair, .* return a tensor"):
+        TeacherCache(tmp_path).answer(
+            (torch.rand(3, 2),), {}, lambda args, kwargs: Call(args, kwargs, Pair(args[0]), {})
+        )
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cache must be a folder, got .*file', which is a file"):
+        DistillationModule(Task(), network(), cache=tmp_path / "file")
+
+
+def test_two_precisions_have_rows_of_their_own(tmp_path):
+    distilled(tmp_path / "first", tmp_path / "cache")
+    _, _, rows = distilled(tmp_path / "second", tmp_path / "cache", precision="bf16-mixed")
+    assert rows > 0
 
 
 def test_rows_are_told_apart_by_every_input():
@@ -167,12 +219,17 @@ def test_rows_are_told_apart_by_every_input():
 def test_teachers_are_told_apart_by_weights_layers_and_settings():
     teacher, other = network(1), network(1)
     other.conv.dilation = (2, 2)
+    scaled, masked = network(1), network(1)
+    scaled.scale = 2.0
+    masked.register_buffer("mask", torch.ones(1), persistent=False)
     keys = [
         teacher_key(teacher, [], precision=None),
         teacher_key(network(2), [], precision=None),
         teacher_key(teacher, ["conv"], precision=None),
         teacher_key(teacher, [], precision="bf16"),
         teacher_key(other, [], precision=None),
+        teacher_key(scaled, [], precision=None),
+        teacher_key(masked, [], precision=None),
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == teacher_key(network(1), [], precision=None)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from students import Net, Task, fit, loaders, network
 
 from lightning_edge import DistillationModule, DistillationTerm, ExactResume
@@ -80,3 +80,80 @@ def test_bad_arguments_fail_at_construction():
         DistillationModule(Task(), network(), teacher_precision="fp8")
     with pytest.raises(ValueError, match="cache must be None with a MovingAverage"):
         DistillationModule(Task(), MovingAverage(), cache="folder")
+
+
+def average_of(module):
+    return {name.removeprefix("0."): value for name, value in module.matching.teachers.averages().items()}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_an_average_follows_a_student_of_any_precision(tmp_path, precision):
+    module = DistillationModule(Task(network()), MovingAverage(0.5))
+    fit(module, tmp_path, precision=precision, epochs=1)
+    assert not torch.equal(average_of(module)["conv.weight"].float(), network().conv.weight)
+
+
+def test_tied_weights_move_once():
+    student = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    student[1].weight = student[0].weight
+    teachers = Teachers([MovingAverage(0.9)])
+    teachers.build(student)
+    with torch.no_grad():
+        before = student[0].weight.clone()
+        student[0].weight += 1
+    teachers.follow(student)
+    torch.testing.assert_close(teachers.networks[0][0].weight, before + 0.1)
+
+
+class Begins(Callback):
+    """Looks at the average before the first step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.average = average_of(pl_module)["conv.weight"]
+
+
+def test_an_average_begins_with_the_weights_that_a_fit_begins_with(tmp_path):
+    fit(DistillationModule(Task(network()), network(1)), tmp_path / "other", epochs=1)  # no average in its checkpoint
+    weights = torch.load(tmp_path / "other" / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    module, seen = DistillationModule(Task(network(5)), MovingAverage(0.5)), Begins()
+    fit(module, tmp_path / "on", seen, ckpt_path=tmp_path / "other" / "epoch=0.ckpt", epochs=2)
+    assert torch.equal(seen.average, weights["student.net.conv.weight"])
+    module.student.net.load_state_dict(network(7).state_dict())
+    fit(module, tmp_path / "again", seen, epochs=1)
+    assert torch.equal(seen.average, network(7).conv.weight)
+
+
+def test_a_copy_s_fit_leaves_the_average_alone(tmp_path):
+    module = DistillationModule(Task(network()), MovingAverage(0.5))
+    fit(module, tmp_path / "first", epochs=1)
+    before = average_of(module)
+    fit(copy.deepcopy(module), tmp_path / "second", epochs=1)
+    assert all(torch.equal(value, average_of(module)[name]) for name, value in before.items())
+
+
+def test_a_teacher_stays_in_evaluation_mode_in_all_its_parts(tmp_path):
+    teacher = network(1)
+    teacher.norm.train()
+    fit(DistillationModule(Task(network()), teacher), tmp_path, epochs=1)
+    assert not teacher.norm.training
+    assert torch.equal(teacher.norm.running_mean, network(1).norm.running_mean)
+
+
+def test_a_teacher_that_is_built_late_is_built(tmp_path):
+    class Late(Task):
+        def __init__(self):
+            super().__init__()
+            del self.net
+
+        def configure_model(self):
+            self.net = network(1)
+
+    module = DistillationModule(Task(network()), Late())
+    fit(module, tmp_path, epochs=1)
+    assert torch.equal(module.matching.teachers.networks[0].conv.weight, network(1).conv.weight)
+
+
+def test_what_is_no_teacher_is_refused():
+    with pytest.raises(ValueError, match="teacher must be a network, a callable .* got 5"):
+        DistillationModule(Task(), 5)

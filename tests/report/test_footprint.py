@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_edge.models import DigitsNet, LeNet5
-from lightning_edge.report import footprint
+from lightning_edge.report import footprint, of_integers
 
 
 def test_lenet5_has_the_counts_of_pencil_and_paper():
@@ -81,3 +81,17 @@ def test_a_forward_that_was_put_into_the_instance_is_not_the_one_counted():
     network = LeNet5()
     network.forward = types.MethodType(lambda self, x: x.flatten(1) @ torch.zeros(784, 10), network)
     assert footprint(network, [torch.zeros(1, 1, 28, 28)]).macs == 2_293_000
+
+
+def test_integers_are_counted_as_the_file_has_them():
+    network = nn.Sequential(nn.Linear(4, 3, bias=False))
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[1.0, 0.001, 0.0, -1.0]] * 3))
+    counts = footprint(network, [torch.zeros(1, 4)])
+    converted = nn.Module()
+    integers = torch.tensor([[127, 0, 0, -127]] * 3, dtype=torch.int8)
+    converted.register_module("0", nn.Module())
+    converted.get_submodule("0").register_buffer("weight_int8", integers)
+    found = of_integers(counts, converted)
+    assert (counts.nonzero, found.nonzero) == (9, 6)
+    assert (found.layers[0].distinct, found.layers[0].effective_macs, found.effective_macs) == (3, 6, 6)

@@ -160,3 +160,38 @@ def test_files_without_the_weights_are_refused(tmp_path):
     torch.save(state, tmp_path / "wide.pt")
     with pytest.raises(ValueError, match="size mismatch for conv.weight"):
         load_weights_(Small(), tmp_path / "wide.pt")
+
+
+def test_what_is_recorded_is_what_a_layer_gave_and_the_network_got():
+    class Changes(nn.Module):
+        def forward(self, values):
+            return values.mul_(2.0)
+
+    network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True), Changes())
+    outer = nn.Sequential(Changes(), network)
+    inputs = torch.randn(4, 2)
+    expected = network[0](2 * inputs)
+    with recorded(outer, ["1.0", "1.1"]) as calls:
+        outer(inputs.clone())
+    assert torch.equal(calls[0].args[0], inputs)
+    assert torch.equal(calls[0].features["1.0"], expected)
+    assert torch.equal(calls[0].features["1.1"], expected.relu())
+
+
+def test_an_adapter_follows_the_positions_of_a_batch():
+    adapter = FeatureAdapter((2, 4, 8, 8), (2, 6, 4, 4))
+    assert adapter(torch.randn(3, 4, 10, 10), (5, 5)).shape == (3, 6, 5, 5)
+    assert adapter(torch.randn(3, 4, 10, 10)).shape == (3, 6, 4, 4)
+
+
+def test_a_file_that_holds_no_weights_is_refused_with_its_name(tmp_path):
+    path = tmp_path / "weights.pt"
+    for content, message in (
+        (b"junk", "checkpoint must be a file of tensors"),
+        ([1, 2], "checkpoint must hold a state_dict, got .* with a list"),
+        ({"epoch": 3}, "checkpoint must hold weights of Linear"),
+        (nn.ReLU(), r"checkpoint must be a file of tensors,.* save network.state_dict\(\) alone"),
+    ):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            load_weights_(nn.Linear(1, 1), path)

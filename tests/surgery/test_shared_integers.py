@@ -96,3 +96,28 @@ def test_a_channel_that_the_norm_turns_round_keeps_its_values_with_the_other_sig
     integers = integers_of(network)[1]
     assert len(integers[1:].unique()) <= 8
     assert set(integers[0].abs().unique().tolist()) <= set(integers.abs().unique().tolist())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_computes_with_the_steps_of_the_integers(network, images, frozen):
+    share_weights_(network, clusters=8, channel_scale=True, include=["0", "3"])
+    captured = quantized(network, images)
+    if frozen:
+        captured.freeze_observers()
+    for moved in (1.0, 1.5):  # training moves the largest of the shared values: other channels' steps follow
+        with torch.no_grad():
+            network[3].weight[network[3].weight == network[3].weight[0].max()] *= moved
+        captured.follow_codebooks()
+        with torch.no_grad():
+            trained, converted = network(images), convert(network)(images)
+        assert float((trained - converted).abs().max()) < 0.03 * float(converted.abs().max())
+        integers, _ = shared_integers(network[3].weight)
+        assert len(integers.unique()) <= 9
+
+
+@pytest.mark.parametrize("options", [{"weight_bits": 4}, {"learned_steps": True}])
+def test_few_bits_and_learned_steps_are_kept_as_they_were_trained(network, images, options):
+    share_weights_(network, clusters=8, channel_scale=True, include=["0", "3"])
+    captured = quantized(network, images, **options)
+    steps = dict(convert(network).named_buffers())["3.weight_scale"]
+    assert torch.equal(steps, captured.observers["3.weight"].scale)
