@@ -46,8 +46,15 @@ CLAIMS = {
         "Beyond Deep Compression on MNIST",
         {"lenet300": 10_664, "lenet5": 8_621},
         {
-            "lenet300": ("trainer.max_epochs=60", "targets.sparsity=0.967"),
-            "lenet5": ("trainer.max_epochs=40", "targets.sparsity=0.985"),
+            # a teacher of 2 x 1200 units; settings were chosen by seed 0's validation error
+            "lenet300": (
+                "trainer.max_epochs=60",
+                "targets.sparsity=0.968",
+                "callbacks.sharing.rate=0.0",
+                "distillation=larger",
+                "+larger.trainer.max_epochs=20",
+            ),
+            "lenet5": ("trainer.max_epochs=40", "targets.sparsity=0.985", "callbacks.sharing.rate=0.0"),
         },
     ),
 }

@@ -13,10 +13,12 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from torch import nn
 
 from lightning_edge.callbacks import ExportArtifacts
 from lightning_edge.callbacks.base import callbacks_of
 from lightning_edge.config import dense_stage, recipe_hash, teacher_stage
+from lightning_edge.data.images import ImageDataModule
 from lightning_edge.export import export
 from lightning_edge.functional.energy import MacType
 from lightning_edge.modules import DistillationModule
@@ -31,6 +33,7 @@ from lightning_edge.report import (
     report_row,
     write_report,
 )
+from lightning_edge.surgery.capture import training_flags
 from lightning_edge.surgery.captured import captured_of
 from lightning_edge.surgery.quantization import convert
 from lightning_edge.surgery.selection import find_network
@@ -92,7 +95,9 @@ def _quiet() -> None:
 def _check(cfg: DictConfig) -> None:
     """Build everything once and let it object, so that nothing is trained for a mistake that shows at its end."""
     model = _taught(cfg, instantiate(cfg.model))
-    instantiate(cfg.data)
+    data = instantiate(cfg.data)
+    if isinstance(data, ImageDataModule):
+        _check_images(find_network(model), data)
     trainer = instantiate(cfg.trainer, logger=False)
     if isinstance(model, DistillationModule) and trainer.max_epochs != -1:
         model.check(epochs=trainer.max_epochs)
@@ -100,6 +105,19 @@ def _check(cfg: DictConfig) -> None:
     for callback in [*instantiate(cfg.callbacks).values(), *looking]:
         if hasattr(callback, "check"):
             callback.check(find_network(model, callback.network), max_epochs=trainer.max_epochs)
+
+
+@torch.no_grad()
+def _check_images(network: nn.Module, data: ImageDataModule) -> None:
+    with training_flags(network, False):
+        try:
+            network(data.example_input)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"model must take images of the data's shape {data.input_shape}, got {type(network).__name__}, which"
+                f" does not ({reason}): choose another model= or data="
+            ) from error
 
 
 @rank_zero_only

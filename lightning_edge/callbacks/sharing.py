@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -35,6 +36,7 @@ from lightning_edge.surgery.sharing import (
     share_weights_,
 )
 
+_MOST_RATE = 0.2  # twice of what is useful
 _SPARE = 500  # this part of a budget is left to what training may add
 
 
@@ -316,6 +318,11 @@ class WeightSharing(CompressionCallback):
                 file_bytes=lambda: self._file_bytes(pl_module),
             )
             pl_module.log("sharing/rate", self._rate, on_epoch=True, sync_dist=True)
+            if self._rate > _MOST_RATE:
+                rank_zero_warn(
+                    f"max_bytes={self.max_bytes:,} takes a rate of {self._rate:.2g} at epoch {trainer.current_epoch};"
+                    f" networks bear {_MOST_RATE:g}: prune more before, take fewer clusters, or allow more bytes"
+                )
         pl_module.log("sharing/inertia", report.inertia, on_epoch=True, sync_dist=True)
         pl_module.log("sharing/entropy_bytes", report.entropy_bits / 8, on_epoch=True, sync_dist=True)
         self._codes, self._scales = dict(report.codes), dict(report.scales)

@@ -237,7 +237,7 @@ def test_a_fit_that_ends_early_raises(fit):
     with pytest.raises(
         ValueError, match="ChannelPruning must reach its target at epoch 3, got a fit that ended at epoch"
     ):
-        fit(ChannelPruning(sparsity=0.5, end_epoch=3, round_to=2), max_steps=10)
+        fit(ChannelPruning(sparsity=0.5, end_epoch=3, round_to=2), ends=10)
 
 
 def test_a_trial_run_of_one_batch_is_no_error(fit):

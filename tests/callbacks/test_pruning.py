@@ -150,7 +150,7 @@ def test_a_fit_that_ends_early_raises_with_target_and_value(fit):
     with pytest.raises(
         ValueError, match=r"must reach sparsity 0\.9 at epoch 3, got 0\.5995 when the fit ended at epoch 3"
     ):
-        fit(WeightPruning(0.9, end_epoch=3, schedule="linear"), max_steps=24)
+        fit(WeightPruning(0.9, end_epoch=3, schedule="linear"), ends=24)
 
 
 def test_a_trial_run_of_one_batch_is_no_error(tmp_path, fit):

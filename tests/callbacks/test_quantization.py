@@ -231,7 +231,7 @@ def test_pruning_after_the_observers_are_frozen_is_refused(fit):
 
 def test_a_fit_that_ends_early_raises(fit):
     with pytest.raises(ValueError, match="must round from epoch 3, got a fit that ended at epoch 1"):
-        fit(QuantizationAwareTraining(3), max_steps=8)
+        fit(QuantizationAwareTraining(3), ends=8)
 
 
 def test_a_network_that_cannot_be_captured_is_named(fit, task_class):

@@ -91,7 +91,7 @@ def test_a_fit_that_ends_early_raises(fit):
         ValueError,
         match=r"must cluster at epochs \[1, 3\], got a fit that ended at epoch 3 with the last clustering at 1",
     ):
-        fit(WeightSharing(4, at_epochs=[3, 1]), max_steps=24)
+        fit(WeightSharing(4, at_epochs=[3, 1]), ends=24)
 
 
 @pytest.mark.parametrize(

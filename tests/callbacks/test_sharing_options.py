@@ -304,4 +304,4 @@ def test_what_does_not_fit_the_network_or_the_trainer_fails_at_setup(fit):
 
 def test_a_fit_that_ends_before_the_freeze_raises(fit):
     with pytest.raises(ValueError, match="got a fit that ended at epoch 2 with the last clustering at 1"):
-        fit(WeightSharing(4, **THROUGH, freeze_epoch=3), max_steps=16)
+        fit(WeightSharing(4, **THROUGH, freeze_epoch=3), ends=16)
