@@ -39,7 +39,7 @@ def int8_error(checkpoint: Path, *, data: Path, seed: int, trial: bool) -> float
     if trial:
         overrides.append("callbacks.export.min_agreement=0")
     report = run_recipe(folder, overrides)
-    return next(error(row) for row in report["artifacts"] if row["file"].endswith(".pte"))
+    return next(error(row) for row in report["artifacts"] if row["file"] == "model.pte")
 
 
 def error(row: dict[str, Any]) -> float:
