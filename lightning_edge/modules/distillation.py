@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,7 +148,8 @@ class DistillationModule(L.LightningModule):
         """Return the student's own loss and the terms, weighted."""
         matching = self._taught()
         network = self.student.get_submodule(network_path(self.student))  # as it is called: compiled or not
-        with recorded(network, matching.layers) as calls, speaking_for(self, self.student):
+        teach = partial(matching.teach, device=self.device)
+        with recorded(network, matching.layers, first=teach) as calls, speaking_for(self, self.student):
             indexed = is_param_in_hook_signature(self.student.training_step, "batch_idx", min_args=2)
             result = self.student.training_step(*([batch, batch_idx] if indexed else [batch]))
         if result is None:  # Lightning's way to skip a batch
@@ -160,7 +162,7 @@ class DistillationModule(L.LightningModule):
                 " LightningModule itself, self(x)"
             )
         labels = self.labels(batch) if any(term.needs_labels for term in matching.terms.values()) else None
-        values = matching(calls, batch, labels, device=self.device)
+        values = matching(calls, batch, labels)
         values[TASK] = task = result["loss"] if isinstance(result, Mapping) else result
         loss = self.task_weight * task
         last_epoch = _epochs(self.trainer) - 1

@@ -1,7 +1,7 @@
 """What a network computes on its way: outputs of named layers, of teacher and student alike."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -27,6 +27,8 @@ class Call:
     """Outputs of the layers that are looked at, by qualified name."""
     learns: bool = True
     """Whether gradients are computed of it."""
+    taught: list["Call"] = field(default_factory=list)
+    """What each teacher gives for the same inputs."""
 
     @property
     def rows(self) -> int:
@@ -36,7 +38,9 @@ class Call:
 
 
 @contextmanager
-def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Call]]:
+def recorded(
+    network: nn.Module, layers: Sequence[str] = (), *, first: Callable[[Call], object] | None = None
+) -> Iterator[list[Call]]:
     """Record every call of the network while the context is open: inputs, output, and the outputs of some layers.
 
     Inputs and features are copies, as they were before a layer like ``nn.ReLU(inplace=True)`` changed them. Gradients
@@ -46,6 +50,7 @@ def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Ca
     Args:
         network: As it is called; one that ``torch.compile`` wraps may have no ``layers``, its insides are not called.
         layers: Qualified names of layers inside of it, of which each gives a tensor (or a tuple that begins with one).
+        first: Is told of every call that learns, before the network runs.
 
     Raises:
         ValueError: If a layer gives no tensor.
@@ -60,6 +65,8 @@ def recorded(network: nn.Module, layers: Sequence[str] = ()) -> Iterator[list[Ca
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         args, kwargs = tree_map_only(Tensor, _copy, (args, kwargs))
         calls.append(Call(args, kwargs, learns=torch.is_grad_enabled()))
+        if first is not None and calls[-1].learns:
+            first(calls[-1])
 
     def end(_: nn.Module, __: object, output: object) -> None:
         calls[-1].output = output
