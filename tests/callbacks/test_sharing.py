@@ -126,5 +126,5 @@ def test_an_epoch_past_the_end_fails_at_setup(fit):
 def test_pruning_after_sharing_is_refused_with_the_legal_order(fit):
     with pytest.raises(ValueError, match="WeightPruning must end before WeightSharing.*pruning, then sharing"):
         fit(WeightPruning(0.5, end_epoch=3), WeightSharing(4, at_epochs=[1]))
-    with pytest.raises(ValueError, match="within an epoch the list of callbacks is the order"):
+    with pytest.raises(ValueError, match="at the start of an epoch the list of callbacks is the order"):
         fit(WeightSharing(4, at_epochs=[1]), WeightPruning(0.5, end_epoch=1))
