@@ -42,7 +42,7 @@ OVERRIDES = [
         for technique in self_distillation.TECHNIQUES.values()
         for teacher in self_distillation.TEACHERS.values()
     ),
-    *([*edge_resnet20.COMMON, *edge_resnet20.tiny(sparsity), *PATHS] for sparsity in edge_resnet20.SPARSITIES),
+    *([*edge_resnet20.COMMON, *edge_resnet20.tiny(size), *PATHS] for size in edge_resnet20.SIZES),
     *([*edge_resnet20.COMMON, *edge_resnet20.fast(macs), *PATHS] for macs in edge_resnet20.MACS),
     [
         "recipe=distill",
