@@ -109,7 +109,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="MNIST as an .npz, or the folder of its original files"
     )
     parser.add_argument("--recipe", choices=CLAIMS, default="deep_compression")
-    parser.add_argument("--only", choices=PAPER, help="run this network, and stop")
+    parser.add_argument("--only", choices=PAPER, help="this network, in a section of its own")
     parser.add_argument("--folder", type=Path, help="default: outputs/benchmarks/RECIPE_mnist")
     arguments = parser.parse_args()
     folder = (arguments.folder or Path(f"outputs/benchmarks/{arguments.recipe}_mnist")).resolve()
@@ -117,14 +117,15 @@ def main() -> None:
         for seed in SEEDS:
             if arguments.only in (None, model):
                 run(arguments.recipe, model, seed, data=arguments.data.resolve(), folder=folder / f"{model}_{seed}")
-    if arguments.only is None:
-        report(arguments.recipe, folder)
+    report(arguments.recipe, folder, only=arguments.only)
 
 
-def report(recipe: str, folder: Path) -> None:
+def report(recipe: str, folder: Path, *, only: str | None = None) -> None:
     """Write every seed's file and error, the bars, and the layers of the first seed's files."""
     rows, parts, claim = [], [], CLAIMS[recipe]
     for model, (title, paper_bytes, bar_error) in PAPER.items():
+        if only not in (None, model):
+            continue
         reports = [json.loads((folder / f"{model}_{seed}" / "report.json").read_text()) for seed in SEEDS]
         packed = [next(row for row in found["artifacts"] if row["name"] == "edge") for found in reports]
         for seed, found, row in zip(SEEDS, reports, packed, strict=True):
@@ -147,9 +148,10 @@ def report(recipe: str, folder: Path) -> None:
         )
     body = f"{markdown(rows)}\n\n" + "\n\n".join(parts)
     option = "" if recipe == "deep_compression" else f" --recipe {recipe}"
-    write_section(
-        claim.title, command=f"python benchmarks/deep_compression_mnist.py --data mnist.npz{option}", body=body
-    )
+    title = claim.title
+    if only is not None:
+        option, title = f"{option} --only {only}", f"{title}, {PAPER[only][0]}"
+    write_section(title, command=f"python benchmarks/deep_compression_mnist.py --data mnist.npz{option}", body=body)
 
 
 if __name__ == "__main__":
