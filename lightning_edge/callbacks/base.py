@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_edge.callbacks.resume import ExactResume
+from lightning_edge.functional.schedules import epochs_of_fit
 from lightning_edge.surgery.selection import find_network
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
@@ -120,8 +121,9 @@ class CompressionCallback(L.Callback):
         self._trained = True
         if is_trial(trainer):
             return
-        epochs = epochs_of_fit(trainer)
-        if epochs < (math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs or 0):
+        batches, each = trainer.num_training_batches, trainer.accumulate_grad_batches
+        epochs = epochs_of_fit(trainer.max_epochs, trainer.max_steps, batches=batches, each=each)
+        if trainer.max_steps != -1:  # else all is known, and was checked, at setup
             try:
                 self.check(find_network(pl_module, self.network), max_epochs=epochs)
             except ValueError as error:
@@ -217,15 +219,6 @@ def check_overlap(callbacks: Sequence[CompressionCallback], pl_module: L.Lightni
                     " exclude= to one of them"
                 )
             owners[key] = callback
-
-
-def epochs_of_fit(trainer: L.Trainer) -> float:
-    """Return how many epochs a fit that has begun will have: ``max_epochs``, or fewer where ``max_steps`` ends it."""
-    by_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    batches = float(trainer.num_training_batches)
-    if trainer.max_steps == -1 or batches == math.inf:
-        return by_epochs
-    return min(by_epochs, math.ceil(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches)))
 
 
 def is_trial(trainer: L.Trainer) -> bool:

@@ -265,6 +265,24 @@ def find_schedule(schedule: str | Schedule) -> Schedule:
     return schedule
 
 
+def epochs_of_fit(max_epochs: int | None, max_steps: int, *, batches: float, each: int) -> float:
+    """Return how many epochs a fit will have: ``max_epochs``, or fewer where ``max_steps`` ends it.
+
+    Args:
+        max_epochs: None and -1 stand for no limit.
+        max_steps: -1 stands for no limit.
+        batches: Of an epoch; infinite where that is not known.
+        each: So many batches make a step.
+
+    >>> epochs_of_fit(9, 17, batches=8, each=1)
+    3
+    """
+    by_epochs = math.inf if max_epochs in (None, -1) else float(max_epochs or 0)
+    if max_steps == -1 or batches == math.inf:
+        return by_epochs
+    return min(by_epochs, math.ceil(max_steps / math.ceil(batches / each)))
+
+
 def progress_at(time: float, *, start: float, end: float) -> float:
     """Return how much of the way from ``start`` to ``end`` is behind ``time``, clamped to [0, 1].
 

@@ -1,6 +1,5 @@
 """A LightningModule that trains a student, any LightningModule, with what a frozen teacher knows."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_edge.functional.schedules import epochs_of_fit
 from lightning_edge.modules.classification import ClassificationModule
 from lightning_edge.modules.distillation_terms import TASK, DistillationTerm, checked_terms
 from lightning_edge.modules.matching import Matching, OutputAdapter
@@ -231,12 +231,8 @@ def _listed(teacher: TeacherSource | Sequence[TeacherSource]) -> list[TeacherSou
 
 
 def _epochs(trainer: L.Trainer) -> float:
-    """Return how many epochs a fit that has begun will have: ``max_epochs``, or fewer where ``max_steps`` ends it."""
-    by_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    batches = float(trainer.num_training_batches)
-    if trainer.max_steps == -1 or batches == math.inf:
-        return by_epochs
-    return min(by_epochs, math.ceil(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches)))
+    batches, each = trainer.num_training_batches, trainer.accumulate_grad_batches
+    return epochs_of_fit(trainer.max_epochs, trainer.max_steps, batches=batches, each=each)
 
 
 def _first_optimizer(configured: Any) -> Optimizer:
