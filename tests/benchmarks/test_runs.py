@@ -3,7 +3,7 @@
 import json
 import subprocess
 
-import distilled_resnet8
+import distilled_resnet
 import edge_resnet20
 import pytest
 import runs
@@ -44,13 +44,17 @@ OVERRIDES = [
     ),
     *([*edge_resnet20.COMMON, *edge_resnet20.tiny(size), *PATHS] for size in edge_resnet20.SIZES),
     *([*edge_resnet20.COMMON, *edge_resnet20.fast(macs), *PATHS] for macs in edge_resnet20.MACS),
-    [
-        "recipe=distill",
-        *distilled_resnet8.COMMON,
-        "distillation=resnet56",
-        "distillation.teacher.checkpoint=FILE",
-        *PATHS[2:],
-    ],
+    *(
+        [
+            "recipe=distill",
+            f"model={model}",
+            *distilled_resnet.COMMON,
+            "distillation=resnet56",
+            "distillation.teacher.checkpoint=FILE",
+            *PATHS[2:],
+        ]
+        for model in distilled_resnet.TITLES
+    ),
 ]
 
 
