@@ -22,16 +22,17 @@ from lightning_edge.export.timing import ratio, time_sessions
 DENSE_PERCENT, DENSE_BYTES = 91.73, 1_078_888
 COMMON = ("model=resnet20", "data=cifar10", "data.validation_from=test", "trainer.precision=bf16-mixed")
 COMMAND = "python benchmarks/edge_resnet20.py --data cifar10.npz --weights resnet20-12fca82f.th"
-SIZES = (53_900, 45_000, 36_000, 28_000)
+SIZES = {53_900: 0.8, 45_000: 0.8, 36_000: 0.8, 28_000: 0.9}
+"""Budgets of bytes, and the zeros of each: the places of the other weights alone take 24 KB at 80 %, 16 KB at 90 %."""
 MACS = (0.5, 0.4)
 TINY_EPOCHS, FAST_EPOCHS = 8, 14
 
 
 def tiny(max_bytes: int) -> list[str]:
-    """Return the overrides of one point of the curve: 80 % of the weights go, the price of a bit makes the rest fit."""
+    """Return the overrides of one point of the curve: most weights go, the price of a bit makes the others fit."""
     return [
         "recipe=edge_tiny",
-        "targets.sparsity=0.8",
+        f"targets.sparsity={SIZES[max_bytes]}",
         "callbacks.pruning.end_epoch=2",
         "callbacks.sharing.clusters=32",
         "callbacks.sharing.channel_scale=true",
@@ -73,13 +74,18 @@ def run_all(arguments: argparse.Namespace) -> None:
         run_recipe(where, [*COMMON, *tiny(max_bytes), *paths, f"trainer.max_epochs={tiny_epochs}"], trial=trial)
         path = where / "model.edge"
         size = path.stat().st_size
-        head = {"budget": f"{max_bytes:,}", "bytes": f"{size:,}", "times smaller": f"{DENSE_BYTES / size:.1f}"}
+        head = {
+            "budget": f"{max_bytes:,}",
+            "zeros": f"{SIZES[max_bytes]:.0%}",
+            "bytes": f"{size:,}",
+            "times smaller": f"{DENSE_BYTES / size:.1f}",
+        }
         rows.append(head | _accuracies(path, data))
         publish(
             "ResNet-20, CIFAR-10, the smallest file",
             rows,
             command=COMMAND,
-            text=f"recipe=edge_tiny, 80 % zeros, 32 values a layer with a scale per output channel, codes trained to a"
+            text=f"recipe=edge_tiny, 32 values a layer with a scale per output channel, codes trained to a"
             f" budget of bytes, {tiny_epochs} epochs, batch 128, bf16 autocast, from the published weights; model.edge,"
             " whole file. The bar: 20 times smaller within 1.5 points.",
             trial=trial,

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _quiet() -> None:
 
 def _check(cfg: DictConfig) -> None:
     """Build everything once and let it object, so that nothing is trained for a mistake that shows at its end."""
-    model = _taught(cfg, instantiate(cfg.model))
+    model = _taught(cfg, instantiate(cfg.model), reads=False)
     data = instantiate(cfg.data)
     if isinstance(data, ImageDataModule):
         _check_images(find_network(model), data)
@@ -173,14 +174,18 @@ def _fit(
     return trainer, model, data
 
 
-def _taught(cfg: DictConfig, model: L.LightningModule) -> L.LightningModule:
-    """Return the module that is fitted: the model itself, or the distillation that it is the student of."""
+def _taught(cfg: DictConfig, model: L.LightningModule, *, reads: bool = True) -> L.LightningModule:
+    """Return the module that is fitted: the model itself, or the distillation that it is the student of.
+
+    A larger network that teaches is read when the fit begins, since it may not be trained yet; or left as it is built.
+    """
     if cfg.get("distillation") is None:
         return model
     larger = teacher_stage(cfg)
     teacher = {}
-    if larger is not None:  # read when the fit begins: it may not be trained yet
-        teacher = {"teacher": lambda: _load(instantiate(larger.model), Path(cfg.output) / _TEACHER)}
+    if larger is not None:
+        built = partial(instantiate, larger.model)
+        teacher = {"teacher": (lambda: _load(built(), Path(cfg.output) / _TEACHER)) if reads else built()}
     taught: L.LightningModule = instantiate(cfg.distillation)(student=model, **teacher)
     return taught
 

@@ -86,6 +86,13 @@ def test_a_mistake_in_the_distillation_is_said_before_any_training(tmp_path, cap
     assert "loss must be one of" in capsys.readouterr().err
     assert main(["recipe=deep_compression", "start=anew", f"hydra.run.dir={tmp_path}/run2"]) == 1
     assert "start must be dense or scratch, got 'anew'" in capsys.readouterr().err
+    pairs = [("self", "conv9: conv9"), ("self", "conv1: conf1"), ("larger", "conv9: conv1"), ("larger", "conv1: conv9")]
+    for number, (teacher, pair) in enumerate(pairs):
+        term = f"{{_target_: lightning_edge.modules.DistillationTerm, loss: hint, layers: {{{pair}}}}}"
+        hint = [f"distillation={teacher}", f"+distillation.losses.hint={term}"]
+        assert main(["recipe=deep_compression", *hint, f"hydra.run.dir={tmp_path}/layers{number}"]) == 1
+        assert "layers must name layers of the" in capsys.readouterr().err
+        assert not (tmp_path / f"layers{number}" / "baseline").exists()
     alone = "teacher={model: {network: {width: 2.0}}}"
     assert main(["recipe=share_weights", alone, f"hydra.run.dir={tmp_path}/run3"]) == 1
     assert "teacher must stand beside a distillation" in capsys.readouterr().err

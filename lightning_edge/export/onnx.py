@@ -73,17 +73,20 @@ def _integer_product(left: object, right: object) -> object:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what torch's exporter says about itself: deprecations, no torchvision, one batch for all inputs."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep back what torch's exporter says about itself: deprecations, no torchvision, what it does not fold."""
+    names = ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
             warnings.filterwarnings("ignore", message="# The axis name: batch will not be used", category=UserWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _rename(model: onnx.ModelProto) -> None:

@@ -173,7 +173,8 @@ class DistillationModule(L.LightningModule):
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
     def check(self, *, epochs: float) -> None:
-        """Raise a ValueError if a weight does not reach its end within a fit of so many epochs."""
+        """Raise a ValueError if a weight does not reach its end within so many epochs, or a layer does not exist."""
+        self._taught().check(find_network(self))
         for term in self._taught().terms.values():
             term.check(epochs=epochs)
 

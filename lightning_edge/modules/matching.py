@@ -62,6 +62,15 @@ class Matching(nn.Module):
             for name, term in self.terms.items()
         }
 
+    def check(self, student: nn.Module) -> None:
+        """Raise a ValueError if a layer that a term matches does not exist, as far as the teachers are known."""
+        for term in self.terms.values():
+            for teacher in self.teachers.stand_ins(student):
+                if teacher is None:
+                    match_layers(student, student, {own: own for own in term.layers or {}})
+                else:
+                    match_layers(student, teacher, term.layers or {})
+
     @property
     def is_built(self) -> bool:
         """Whether the layers are paired."""

@@ -1,6 +1,7 @@
 """Networks that teach: frozen, in evaluation mode, outside of every module."""
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -98,8 +100,8 @@ class Teachers:
             raise ValueError(f"teacher_precision must be one of {get_args(Precision)} or None, got {precision!r}")
         if cache is not None and any(isinstance(source, MovingAverage) for source in sources):
             raise ValueError(f"cache must be None with a MovingAverage, which changes at every step, got {cache!r}")
-        if cache is not None and Path(cache).expanduser().is_file():
-            raise ValueError(f"cache must be a folder, got {str(cache)!r}, which is a file")
+        if cache is not None:
+            _check_folder(Path(cache).expanduser())
         self.shares = [share / sum(shares) for share in shares]
         self.networks: list[nn.Module] = []
         self.precision = precision
@@ -129,6 +131,10 @@ class Teachers:
             self.networks = [_build(source, student) for source in self._sources]
             if self._early:
                 self.load_averages(self._early, student)
+
+    def stand_ins(self, student: nn.Module) -> list[nn.Module | None]:
+        """Return a network with the layers of each teacher, read from no file; None of one that is yet to be built."""
+        return [_stand_in(source, student) for source in self._sources]
 
     @torch.no_grad()
     def __call__(self, index: int, call: Call, layers: Sequence[str], *, device: torch.device) -> Call:
@@ -242,6 +248,22 @@ class Teachers:
         if differs:
             self.networks[index] = _build(self._sources[index], student)
         return differs
+
+
+def _check_folder(cache: Path) -> None:
+    there = next((path for path in (cache, *cache.absolute().parents) if path.exists()), cache)
+    if not there.is_dir():
+        raise ValueError(f"cache must be a folder, got {str(cache)!r}, where {str(there)!r} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"cache must be a folder that can be written, got {str(cache)!r}, where {str(there)!r} cannot")
+
+
+def _stand_in(source: TeacherSource, student: nn.Module) -> nn.Module | None:
+    if isinstance(source, str | Path | MovingAverage):
+        return student
+    if isinstance(source, L.LightningModule):
+        return None if is_overridden("configure_model", source) else find_network(source)
+    return source if isinstance(source, nn.Module) else None
 
 
 def _build(source: TeacherSource, student: nn.Module) -> nn.Module:

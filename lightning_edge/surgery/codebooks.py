@@ -82,7 +82,7 @@ class Codebooks:
         """Raise a ValueError if a layer cannot have such codebooks."""
         for name, weight in weights.items():
             layer = module.get_submodule(name.rpartition(".")[0])
-            if self.block > 1 and not isinstance(layer, nn.Linear):
+            if self.block > 1 and not isinstance(layer, nn.Linear | nn.MultiheadAttention):
                 raise ValueError(
                     f"block must be 1 for a convolution, got {self.block} and layer {name!r}, a"
                     f' {type(layer).__name__}: choose the linear layers, include=["Linear"]'

@@ -239,7 +239,10 @@ def _traced_groups(network: nn.Module, example_inputs: tuple[Any, ...]) -> Itera
         if not isinstance(layer, WEIGHTED) or name in seen:
             continue
         if layer not in graph.module2node:
-            yield name, "the network does not use it on the example inputs"
+            # The output projection of attention is not called as a layer, its weight is read.
+            is_projection = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            reason = "attention keeps the width of its inputs" if is_projection else None
+            yield name, reason or "the network does not use it on the example inputs"
             continue
         pruner = graph.get_pruner_of_module(layer).prune_out_channels
         channels = list(range(width(layer, output=True)))

@@ -93,13 +93,13 @@ def select_shared(
     >>> [k for _, k in select_shared(nn.Sequential(nn.Linear(2, 2)), {"0": 4}).values()]
     [4]
     """
-    weights = select_weights(module, include=include, exclude=exclude)
+    weights = select_weights(module, include=include, exclude=exclude, attention=True)
     if isinstance(clusters, int):
         return {name: (weight, clusters) for name, weight in weights.items()}
     chosen: dict[str, tuple[nn.Parameter, int]] = {}
     for pattern, count in clusters.items():
         # Validates the pattern and matches class names too, exactly as include does.
-        matching = select_weights(module, include=[pattern])
+        matching = select_weights(module, include=[pattern], attention=True)
         chosen |= {name: (weights[name], count) for name in matching if name in weights and name not in chosen}
     return {name: chosen[name] for name in weights if name in chosen}
 

@@ -98,6 +98,14 @@ def test_a_budget_out_of_reach_names_the_smallest_file():
         fake.within(600, spare=10)
 
 
+def test_files_that_grow_at_large_rates_are_not_taken_for_the_smallest():
+    fake = Sizes(lambda rate: 10_000 / (1 + min(rate, 1)))
+    fake.file_bytes = lambda: 3000 if 1 < fake.rate < 5 else 6000
+    assert 1 < fake.within(3500) < 5
+    with pytest.raises(ValueError, match="the smallest file that sharing reached has 3,000 bytes"):
+        fake.within(1000)
+
+
 def test_constants_are_found_in_any_memory_format():
     network = nn.Sequential(nn.Conv2d(3, 16, 3)).to(memory_format=torch.channels_last)
     nn.init.ones_(network[0].bias)

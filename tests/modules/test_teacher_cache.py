@@ -1,6 +1,7 @@
 """The teacher's outputs on disk: computed once, the same losses, never another teacher's or other data's."""
 
 from collections import namedtuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -194,8 +195,11 @@ def test_a_cache_that_cannot_be_kept_is_refused(tmp_path):
             (torch.rand(3, 2),), {}, lambda args, kwargs: Call(args, kwargs, Pair(args[0]), {})
         )
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cache must be a folder, got .*file', which is a file"):
-        DistillationModule(Task(), network(), cache=tmp_path / "file")
+    for cache in (tmp_path / "file", tmp_path / "file" / "deep" / "cache"):
+        with pytest.raises(ValueError, match="cache must be a folder, got .*, where .*file' is a file"):
+            DistillationModule(Task(), network(), cache=cache)
+    with patch("os.access", return_value=False), pytest.raises(ValueError, match="cache must be a folder that can be"):
+        DistillationModule(Task(), network(), cache=tmp_path / "new")
 
 
 def test_two_precisions_have_rows_of_their_own(tmp_path):

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_edge import prune_, share_weights_
+from lightning_edge import export, prune_, share_weights_
+from lightning_edge.artifact import inspect
 from lightning_edge.surgery.codebooks import Codebooks
 from lightning_edge.surgery.sharing import project_shared_, reassign_shared_, share_gradients_
 
@@ -34,6 +35,27 @@ def test_a_mapping_gives_each_pattern_its_number_and_leaves_the_rest_free():
     report = share_weights_(model, clusters={"0.2": 3, "Conv2d": 5})
     assert {layer.name: layer.clusters for layer in report.layers} == {"0.0.weight": 5, "0.2.weight": 3}
     assert torch.equal(model[1].weight, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"channel_scale": True}, {"block": 2}], ids=str)
+def test_attention_is_shared_in_all_its_projections(tmp_path, options):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+    assert [shared.name for shared in share_weights_(layer, clusters=8, **options).layers] == names
+    export(layer, tmp_path / "layer.edge", example_inputs=(torch.randn(2, 4, 16),))
+    found = {tensor.name: tensor.distinct for tensor in inspect(tmp_path / "layer.edge").tensors}
+    assert all(found[name] <= 8 * options.get("block", 1) for name in names)
+
+
+def test_attention_takes_the_number_of_its_pattern():
+    layer = nn.TransformerEncoderLayer(16, 2, 32)
+    report = share_weights_(layer, clusters={"self_attn": 4, "linear?": 8})
+    assert {shared.name: shared.clusters for shared in report.layers} == {
+        "self_attn.in_proj_weight": 4,
+        "linear1.weight": 8,
+        "linear2.weight": 8,
+    }
 
 
 def test_the_inertia_is_the_squared_change():
