@@ -5,6 +5,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lightning_edge import (
     ChannelPruning,
@@ -145,3 +146,41 @@ def test_a_quantized_student_learns_from_its_inner_layers_alone(fit, task_class)
     _, trainer = fit(QuantizationAwareTraining(start_epoch=0), task=module, epochs=1)
     assert float(trainer.callback_metrics["distillation/hint"]) > 0
     assert not torch.equal(module.student.model[0].weight, before)
+
+
+class Rows(nn.Module):
+    """A transformer over the rows of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images):
+        return self.head(self.encoder(self.embed(images.squeeze(1))).mean(1))
+
+
+def test_the_whole_chain_compresses_a_transformer_in_all_its_projections(fit, task_class, digits_loaders, tmp_path):
+    torch.manual_seed(0)
+    student, teacher = task_class(), task_class()
+    student.model = Rows()
+    file = tmp_path / "out" / "model.edge"
+    exported = ExportArtifacts(file.parent, formats=["edge"], min_agreement=0.8)
+    module, _ = fit(
+        *(build() for build in TECHNIQUES.values()),
+        exported,
+        task=DistillationModule(student, teacher),
+        epochs=EPOCHS,
+    )
+    network = find_network(module).eval()
+    weights = [weight for name, weight in network.named_parameters() if name.endswith("weight") and weight.ndim == 2]
+    assert len(weights) == 6
+    assert len(network.encoder.self_attn.in_proj_weight) < 48  # heads went
+    assert sum(int((weight == 0).sum()) for weight in weights) == round(0.5 * sum(weight.numel() for weight in weights))
+    assert all(len(weight.unique()) <= 9 for weight in weights)
+    images, _ = next(iter(digits_loaders()[1]))
+    with torch.no_grad():
+        expected = network(images)
+    found = torch.from_numpy(load_artifact(file)(images.numpy()))
+    torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
