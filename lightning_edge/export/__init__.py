@@ -36,7 +36,8 @@ def export(
         example_inputs: A tuple of positional inputs, or a dict of them by name, batch first. They give types and sizes,
             the values of tensors do not matter. The file takes their tensors one by one, also where they are nested.
         round_small: In a ``.edge`` file, round biases, norms and the values of shared weights to float16 precision,
-            by at most one part in 2048: two bytes each instead of four. Other weights keep their bits.
+            by at most one part in 2048: two bytes each instead of four. Other weights keep their bits, and so does a
+            network that rounds its activations to integers.
         adaptive: In a ``.edge`` file, also code tensors under adaptive contexts where that is smaller: a few percent
             less, for tenths of a second more when the file is loaded.
         recipe_hash: Kept in a ``.edge`` file to say which settings made it.

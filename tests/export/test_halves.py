@@ -50,6 +50,13 @@ def test_whole_numbers_and_scales_of_quantized_tensors_stay():
     assert round_small_(model) == ()
 
 
+def test_a_graph_that_rounds_activations_stays_as_it_is():
+    bias, scale = np.float32([0.1, -3.3]), np.float32(0.1)
+    assert round_small_(model_of(bias=bias, scale=scale)) == ("bias", "scale")
+    node = helper.make_node("QuantizeLinear", ["x", "scale"], ["y"])
+    assert round_small_(model_of([node], bias=bias, scale=scale)) == ()
+
+
 @pytest.mark.parametrize("round_small", [True, False])
 def test_a_packed_file_holds_rounded_values_unless_told_not_to(tmp_path, round_small):
     torch.manual_seed(0)
