@@ -99,6 +99,7 @@ class DistillationModule(L.LightningModule):
         self.example_input_array = self.student.example_input_array
         if own is not None and own.hparams:
             self.save_hyperparameters(dict(own.hparams), logger=own._log_hyperparams)  # for checkpoints and loggers
+            self._hparams = own.hparams  # one object: the learning rate that a Tuner finds is the student's
         lend_hooks_(self, self.student)
 
     @property

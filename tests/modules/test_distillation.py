@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.tuner import Tuner
 from students import Net, Task, data, fit, loaders, network
 from torch import nn
 from torch.utils.data import DataLoader
@@ -293,6 +294,24 @@ def test_hyperparameters_and_strictness_are_the_student_s(tmp_path):
     assert module.strict_loading
     module.student.strict_loading = False
     assert not module.strict_loading
+
+
+def test_the_learning_rate_that_a_tuner_finds_is_the_student_s(tmp_path, monkeypatch):
+    class Tuned(Task):
+        def __init__(self, lr=1e-3):
+            super().__init__()
+            self.save_hyperparameters()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), self.hparams.lr)
+
+    monkeypatch.chdir(tmp_path)
+    module = DistillationModule(Tuned(), network(1))
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    found = Tuner(trainer).lr_find(module, *loaders(), num_training=30, early_stop_threshold=None)
+    assert module.student.hparams.lr == module.hparams.lr == found.suggestion() != 1e-3
 
 
 class MeasuresToo(Task):
