@@ -308,7 +308,7 @@ def test_the_learning_rate_that_a_tuner_finds_is_the_student_s(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     module = DistillationModule(Tuned(), network(1))
     trainer = L.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+        max_epochs=20, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
     )
     found = Tuner(trainer).lr_find(module, *loaders(), num_training=30, early_stop_threshold=None)
     assert module.student.hparams.lr == module.hparams.lr == found.suggestion() != 1e-3
