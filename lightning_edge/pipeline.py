@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lightning_edge.callbacks import ExportArtifacts
-from lightning_edge.callbacks.base import callbacks_of
+from lightning_edge.callbacks.base import CompressionCallback, callbacks_of, check_order, check_overlap
 from lightning_edge.config import dense_stage, recipe_hash, teacher_stage
 from lightning_edge.data.images import ImageDataModule
 from lightning_edge.export import export
@@ -103,9 +103,13 @@ def _check(cfg: DictConfig) -> None:
     if isinstance(model, DistillationModule) and trainer.max_epochs != -1:
         model.check(epochs=trainer.max_epochs)
     looking = [] if cfg.get("sensitivity") is None else [instantiate(cfg.sensitivity)]
-    for callback in [*instantiate(cfg.callbacks).values(), *looking]:
+    callbacks = list(instantiate(cfg.callbacks).values())
+    for callback in [*callbacks, *looking]:
         if hasattr(callback, "check"):
             callback.check(find_network(model, callback.network), max_epochs=trainer.max_epochs)
+    compressing = [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
+    check_order(compressing)
+    check_overlap(compressing, model)
 
 
 @torch.no_grad()

@@ -95,10 +95,12 @@ def _write(
         path.write_bytes(model.SerializeToString(deterministic=True))
         return
     from lightning_edge.artifact import pack
+    from lightning_edge.export.bias_steps import derive_bias_steps_
     from lightning_edge.export.channel_scales import merge_channel_scales_
     from lightning_edge.export.halves import round_small_
 
     merge_channel_scales_(model)
+    derive_bias_steps_(model)
     if round_small:
         round_small_(model)
     pack(model, path, recipe_hash=recipe_hash, adaptive=adaptive)

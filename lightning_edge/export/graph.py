@@ -50,3 +50,19 @@ class Graph:
         """Return how often nodes and outputs of the graph read a value."""
         outputs = [item.name for item in self.graph.output]
         return sum(list(node.input).count(name) for node in self.graph.node) + outputs.count(name)
+
+
+def sort_and_prune_(graph: onnx.GraphProto) -> None:
+    """Put what is computed from constants alone first, so that each value is made before it is read; drop unread."""
+    constants = {item.name for item in graph.initializer}
+    nodes = sorted(graph.node, key=lambda node: not constants.issuperset(node.input))
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    read = {output.name for output in graph.output}
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            read.update(node.input)
+    nodes = [node for node in nodes if read.intersection(node.output)]
+    kept = [onnx.TensorProto.FromString(item.SerializeToString()) for item in graph.initializer if item.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)

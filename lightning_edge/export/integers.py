@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from lightning_edge.export.graph import Graph
+from lightning_edge.export.graph import Graph, sort_and_prune_
 
 
 def use_integer_kernels_(model: onnx.ModelProto) -> None:
@@ -34,7 +34,7 @@ def use_integer_kernels_(model: onnx.ModelProto) -> None:
             _join_integers(graph, node)
         elif node.op_type in ("Conv", "Gemm", "MatMul"):
             _read_in_float(graph, node)
-    _sort_and_prune(model.graph)
+    sort_and_prune_(model.graph)
     del model.graph.value_info[:]  # still says int8
 
 
@@ -141,19 +141,3 @@ def _rank(graph: Graph, name: str) -> int | None:
         if info.name == name:
             return len(info.type.tensor_type.shape.dim)
     return None
-
-
-def _sort_and_prune(graph: onnx.GraphProto) -> None:
-    """Put what is computed from constants alone first, so that each value is made before it is read; drop unread."""
-    constants = {item.name for item in graph.initializer}
-    nodes = sorted(graph.node, key=lambda node: not constants.issuperset(node.input))
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    read = {output.name for output in graph.output}
-    for node in reversed(nodes):
-        if read.intersection(node.output):
-            read.update(node.input)
-    nodes = [node for node in nodes if read.intersection(node.output)]
-    kept = [onnx.TensorProto.FromString(item.SerializeToString()) for item in graph.initializer if item.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(kept)
