@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lightning_edge.callbacks import ExportArtifacts
-from lightning_edge.callbacks.base import CompressionCallback, callbacks_of, check_order, check_overlap
+from lightning_edge.callbacks.base import callbacks_of, check_order, check_overlap, compressing
 from lightning_edge.config import dense_stage, recipe_hash, teacher_stage
 from lightning_edge.data.images import ImageDataModule
 from lightning_edge.export import export
@@ -99,17 +99,15 @@ def _check(cfg: DictConfig) -> None:
     data = instantiate(cfg.data)
     if isinstance(data, ImageDataModule):
         _check_images(find_network(model), data)
-    trainer = instantiate(cfg.trainer, logger=False)
+    trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()), logger=False)
     if isinstance(model, DistillationModule) and trainer.max_epochs != -1:
         model.check(epochs=trainer.max_epochs)
     looking = [] if cfg.get("sensitivity") is None else [instantiate(cfg.sensitivity)]
-    callbacks = list(instantiate(cfg.callbacks).values())
-    for callback in [*callbacks, *looking]:
+    for callback in [*callbacks_of(trainer), *looking]:
         if hasattr(callback, "check"):
             callback.check(find_network(model, callback.network), max_epochs=trainer.max_epochs)
-    compressing = [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
-    check_order(compressing)
-    check_overlap(compressing, model)
+    check_order(compressing(trainer))
+    check_overlap(compressing(trainer), model)
 
 
 @torch.no_grad()

@@ -93,8 +93,8 @@ def test_a_mistake_in_the_distillation_is_said_before_any_training(tmp_path, cap
         assert main(["recipe=deep_compression", *hint, f"hydra.run.dir={tmp_path}/layers{number}"]) == 1
         assert "layers must name layers of the" in capsys.readouterr().err
         assert not (tmp_path / f"layers{number}" / "baseline").exists()
-    late = "callbacks=[default,pruning,sharing,quantization,export]"
-    assert main(["recipe=edge_tiny", late, f"hydra.run.dir={tmp_path}/order"]) == 1
+    integers = "callbacks=[default,pruning,sharing,quantization,export]"
+    assert main(["recipe=edge_tiny", integers, f"hydra.run.dir={tmp_path}/order"]) == 1
     assert "WeightSharing must end before QuantizationAwareTraining fixes what it changes" in capsys.readouterr().err
     assert not (tmp_path / "order" / "baseline").exists()
     alone = "teacher={model: {network: {width: 2.0}}}"

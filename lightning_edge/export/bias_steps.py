@@ -14,7 +14,7 @@ def derive_bias_steps_(model: onnx.ModelProto) -> tuple[str, ...]:
 
     A bias has the step s_x * s_w of the accumulator: four bytes a channel that say nothing new. A product of the two
     constants takes their place, which a runtime computes once, when it loads the file. Kernels and numbers stay the
-    same, to the bit.
+    same, to the bit. An ``.onnx`` file keeps the steps: other tools than runtimes look for constants there.
 
     Returns:
         The names of the biases that changed.

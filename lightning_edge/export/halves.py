@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 Floats = NDArray[np.float32]
-_SCALED = ("QuantizeLinear", "DequantizeLinear")
 _MAX_SHARED = 4096  # distinct values of what counts as shared
 _LEAST = 2.0**-13  # below it float16 has fewer than 11 bits
 
@@ -28,7 +27,7 @@ def round_small_(model: onnx.ModelProto) -> tuple[str, ...]:
     """
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return ()
-    scales = {name for node in model.graph.node if node.op_type in _SCALED for name in node.input[1:2]}
+    scales = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.input[1:2]}
     changed = []
     for tensor in model.graph.initializer:
         if tensor.data_type != onnx.TensorProto.FLOAT or tensor.name in scales:

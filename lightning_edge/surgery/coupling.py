@@ -241,8 +241,8 @@ def _traced_groups(network: nn.Module, example_inputs: tuple[Any, ...]) -> Itera
         if layer not in graph.module2node:
             # The output projection of attention is not called as a layer, its weight is read.
             is_projection = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
-            reason = "attention keeps the width of its inputs" if is_projection else None
-            yield name, reason or "the network does not use it on the example inputs"
+            unused = "the network does not use it on the example inputs"
+            yield name, "attention keeps the width of its inputs" if is_projection else unused
             continue
         pruner = graph.get_pruner_of_module(layer).prune_out_channels
         channels = list(range(width(layer, output=True)))

@@ -162,17 +162,18 @@ class Rows(nn.Module):
 
 
 def test_the_whole_chain_compresses_a_transformer_in_all_its_projections(fit, task_class, digits_loaders, tmp_path):
-    torch.manual_seed(0)
-    student, teacher = task_class(), task_class()
-    student.model = Rows()
-    file = tmp_path / "out" / "model.edge"
-    exported = ExportArtifacts(file.parent, formats=["edge"], min_agreement=0.8)
-    module, _ = fit(
-        *(build() for build in TECHNIQUES.values()),
-        exported,
-        task=DistillationModule(student, teacher),
-        epochs=EPOCHS,
-    )
+    def run(folder, **options):
+        torch.manual_seed(0)
+        student, teacher = task_class(), task_class()
+        student.model = Rows()
+        exported = ExportArtifacts(tmp_path / folder / "out", formats=["edge"], min_agreement=0.8)
+        callbacks = [*(build() for build in TECHNIQUES.values()), exported]
+        module, _ = fit(*callbacks, folder=folder, task=DistillationModule(student, teacher), epochs=EPOCHS, **options)
+        return module, tmp_path / folder / "out" / "model.edge"
+
+    module, file = run("whole")
+    _, resumed = run("resumed", ckpt_path=tmp_path / "whole" / "epoch=3.ckpt")
+    assert resumed.read_bytes() == file.read_bytes()
     network = find_network(module).eval()
     weights = [weight for name, weight in network.named_parameters() if name.endswith("weight") and weight.ndim == 2]
     assert len(weights) == 6

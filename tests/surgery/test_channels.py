@@ -263,6 +263,12 @@ def test_a_narrow_attention_refuses_what_it_cannot_do():
         attention(x, x, x, is_causal=True)
 
 
+def test_the_output_projection_of_attention_says_why_it_keeps_its_width():
+    report = slim_channels_(encoder(), example_inputs=torch.randn(TOKENS), parameters=0.6, round_to=1)
+    reasons = {name: why for name, why in report.protected.items() if name.endswith("out_proj")}
+    assert set(reasons.values()) == {"attention keeps the width of its inputs"}
+
+
 def test_an_encoder_with_fewer_heads_trains_and_evaluates_alike():
     network = randomized(encoder())
     slim_channels_(network, example_inputs=torch.randn(TOKENS), parameters=0.6, round_to=1, protect_ends=False)
