@@ -12,7 +12,7 @@ demo: $(STAMP)  ## both recipes on scikit-learn's digits, with one and the same 
 	$(BIN)/lightning-edge recipe=qat_int8 baseline=$(DEMO)/deep_compression/baseline.ckpt hydra.run.dir=$(DEMO)/int8
 
 test: $(STAMP)  ## every test, with branch coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
 
 check: $(STAMP)  ## what must hold before a commit
 	$(BIN)/ruff check .

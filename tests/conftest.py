@@ -1,7 +1,8 @@
-"""One thread, no display; real data where there is some."""
+"""One thread, no display, the same random numbers; real data where there is some."""
 
 import logging
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 # Processes that tests start find the package too, wherever they start from.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Every test, with the fixtures made for it, draws the same numbers, whichever tests ran before it."""
+    import numpy as np
+    import torch
+
+    seed = int(os.environ.get("LIGHTNING_EDGE_TEST_SEED", "0"))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)

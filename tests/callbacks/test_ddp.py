@@ -50,6 +50,6 @@ def test_a_file_that_disagrees_raises_on_both_ranks(tmp_path):
     assert code != 0
     assert ranks == []
     assert errors.count("ArtifactMismatchError") >= 2
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 180  # gloo itself would wait for half an hour
     kept = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert kept == ["model.rejected.edge", "model.rejected.edge.json"]

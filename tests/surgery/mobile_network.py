@@ -35,6 +35,7 @@ def test_images():
 
 
 @cache
+@torch.random.fork_rng(devices=[])
 def _trained():
     torch.manual_seed(0)
     stem = [nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
