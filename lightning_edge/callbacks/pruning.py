@@ -52,9 +52,10 @@ class WeightPruning(CompressionCallback):
             function from progress in [0, 1] to the reached fraction of the target.
         scope: ``"global"``, ``"layer"`` or ``"erk"``; see ``prune_``.
         pattern: ``"unstructured"``, N:M such as ``"2:4"``, or blocks such as ``"1x4"``; see ``prune_``.
-        score: ``"magnitude"``; ``"taylor"``, the sum of |w g| over the steps since the last decision; ``"movement"``,
-            the sum of -w g over all steps; ``"snip"``, |w g| of the first step at ``start``; ``"synflow"``;
-            ``"random"``; or a function from a weight to its importance. See ``prune_``.
+        score: ``"magnitude"``; ``"lamp"``, the same made comparable between layers; ``"taylor"``, the sum of |w g| over
+            the steps since the last decision; ``"movement"``, the sum of -w g over all steps; ``"snip"``, |w g| of the
+            first step at ``start``; ``"synflow"``; ``"random"``; or a function from a weight to its importance. See
+            ``prune_``.
         min_kept: Weights that every layer keeps at least, a number or a fraction.
         regrowth: ``RigL(...)`` or ``Splicing()`` of ``functional.regrowth``: lets pruned weights come back.
         rewind_step: After every decision, put all parameters and buffers back to their values at this optimizer step,

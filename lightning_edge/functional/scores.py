@@ -19,6 +19,29 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.detach().float().abs()
 
 
+def lamp(weight: Tensor) -> Tensor:
+    """Return w^2 / (the sum of all squares of the layer that are not smaller): magnitudes that layers can compare.
+
+    Lee et al. 2021, "Layer-adaptive sparsity for the magnitude-based pruning" (arXiv:2010.07611), equation 1. Within a
+    layer the order is that of the magnitudes; the largest weight of each layer has 1, so no layer loses all.
+
+    Args:
+        weight: Of one layer; any shape and floating-point type.
+
+    Returns:
+        float32 scores of the same shape, in [0, 1].
+
+    >>> lamp(torch.tensor([-2.0, 1.0, 2.0]))
+    tensor([0.5000, 0.1111, 1.0000])
+    """
+    size, order = weight.detach().float().flatten().abs().sort(stable=True)
+    squares = size.double().square_()
+    not_smaller = squares.flip(0).cumsum_(0).flip(0)
+    scores = torch.empty_like(size)
+    scores[order] = squares.div_(not_smaller).nan_to_num_(nan=0.0).float()
+    return scores.view(weight.shape)
+
+
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     """Return |w g|: how much the loss changes, to first order, when the weight is set to zero.
 

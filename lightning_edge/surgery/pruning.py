@@ -12,7 +12,7 @@ from lightning_edge.surgery.pruning_target import Scope, Sparsity, Target
 from lightning_edge.surgery.synflow import synflow_scores
 
 Score = Callable[[Tensor], Tensor]
-SCORES = ("magnitude", "taylor", "movement", "snip", "synflow", "random")
+SCORES = ("magnitude", "lamp", "taylor", "movement", "snip", "synflow", "random")
 _SYNFLOW_ROUNDS = 100
 
 
@@ -87,11 +87,11 @@ def prune_(
             stay denser.
         pattern: ``"unstructured"``: any weight may go. ``"2:4"``, any N:M: of every M weights along the input dimension
             at most N stay. ``"1x4"``, any RxC: blocks of R outputs by C inputs go together.
-        score: ``"magnitude"``; ``"taylor"``, |w g| (Molchanov et al. 2019, arXiv:1906.10771); ``"movement"``, -w g
-            (Sanh et al. 2020, arXiv:2005.07683); ``"snip"``, |w g| at initialization (Lee et al. 2019,
-            arXiv:1810.02340): these three read ``weight.grad``, so call ``backward`` first; ``"synflow"`` (Tanaka et
-            al. 2020, arXiv:2006.05467), without data; ``"random"``; or a function from a weight to the importance of
-            its elements, same shape.
+        score: ``"magnitude"``; ``"lamp"``, magnitudes that layers can compare (Lee et al. 2021, arXiv:2010.07611);
+            ``"taylor"``, |w g| (Molchanov et al. 2019, arXiv:1906.10771); ``"movement"``, -w g (Sanh et al. 2020,
+            arXiv:2005.07683); ``"snip"``, |w g| at initialization (Lee et al. 2019, arXiv:1810.02340): these three read
+            ``weight.grad``, so call ``backward`` first; ``"synflow"`` (Tanaka et al. 2020, arXiv:2006.05467), without
+            data; ``"random"``; or a function from a weight to the importance of its elements, same shape.
         include: Layers to prune, globs over names or class names; the default is every linear and convolution layer,
             and the projections of attention.
         exclude: Layers to leave alone.
@@ -151,6 +151,8 @@ def weight_scores(
     """
     if score == "random" and generator is None:
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    if score == "lamp":
+        score = score_functions.lamp
     scores = {}
     for name, weight in weights.items():
         if callable(score):

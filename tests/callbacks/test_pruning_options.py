@@ -32,6 +32,8 @@ OPTIONS = {
     "multi_step": {"end_epoch": 2, "schedule": "multi_step"},
     "ramp": {"end_epoch": 2, "schedule": "ramp"},
     "every": {"end_epoch": 3, "every": 2},
+    "lamp": {"end_epoch": 2, "score": "lamp"},
+    "lamp splicing": {"end_epoch": 3, "score": "lamp", "regrowth": Splicing()},
     "taylor": {"start_epoch": 1, "end_epoch": 2, "score": "taylor"},
     "movement": {"start_epoch": 1, "end_epoch": 2, "score": "movement"},
     "snip": {"score": "snip"},

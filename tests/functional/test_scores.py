@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_edge.functional.scores import magnitude, movement, random, taylor
+from lightning_edge.functional.scores import lamp, magnitude, movement, random, taylor
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -13,6 +13,7 @@ def test_scores_have_the_values_computed_by_hand_in_float32(dtype):
     gradient = torch.tensor([[1.5, 1.5, -4.0], [7.0, 0.0, -2.0]], dtype=dtype)
     expected = {
         magnitude(weight): [[2.0, 2.0, 0.5], [0.0, 3.0, 1.0]],
+        lamp(weight): torch.tensor([[4 / 17, 4 / 13, 0.25 / 18.25], [0.0, 1.0, 1 / 18]]).tolist(),
         taylor(weight, gradient): [[3.0, 3.0, 2.0], [0.0, 0.0, 2.0]],
         movement(weight, gradient): [[-3.0, 3.0, 2.0], [0.0, 0.0, -2.0]],
     }
@@ -48,13 +49,23 @@ def test_movement_is_positive_where_descent_moves_away_from_zero():
     assert movement(weight, weight.grad).sign().tolist() == moved.sign().tolist() == [1.0, -1.0, 1.0, -1.0]
 
 
+def test_lamp_is_the_part_of_what_would_be_left_that_a_weight_carries():
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
+    weight[0, 0] = weight[2, 1] = 0.0
+    squares = weight.double().square()
+    expected = squares / torch.stack([squares[squares >= square].sum() for square in squares.flatten()]).view(3, 4)
+    torch.testing.assert_close(lamp(weight), expected.float())
+    torch.testing.assert_close(lamp(1e-3 * weight), expected.float())  # a layer's scale says nothing
+    assert lamp(torch.zeros(2, 2)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
 @pytest.mark.parametrize("score", [taylor, movement])
 def test_a_gradient_of_another_shape_is_refused(score):
     with pytest.raises(ValueError, match=r"gradient must have the weight's shape \(2, 3\), got \(3,\)"):
         score(torch.zeros(2, 3), torch.zeros(3))
 
 
-@pytest.mark.parametrize("score", [magnitude, lambda w: taylor(w, w), lambda w: movement(w, w)])
+@pytest.mark.parametrize("score", [magnitude, lamp, lambda w: taylor(w, w), lambda w: movement(w, w)])
 def test_an_empty_weight_has_empty_scores(score):
     assert score(torch.empty(0, 3)).shape == (0, 3)
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -84,6 +86,16 @@ def test_a_score_of_the_users_own_decides():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         prune_(net(), **arguments)
+
+
+def test_lamp_spares_a_layer_of_small_weights():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    with torch.no_grad():
+        model[1].weight.copy_(0.01 * model[0].weight)
+    assert [layer.zeros for layer in prune_(copy.deepcopy(model), sparsity=0.5).layers] == [1, 99]
+    report = prune_(model, sparsity=0.5, score="lamp")
+    assert report.zeros == 100
+    assert [layer.zeros for layer in report.layers] == [50, 50]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
