@@ -73,7 +73,8 @@ class WeightSharing(CompressionCallback):
             gone. None: never.
         max_bytes: Largest ``.edge`` file of the whole network, in bytes: the rate is found at every clustering, and
             at ``freeze_epoch``, on files as ``export`` writes them of the network at that time.
-        include: Layers to share, globs over qualified names or class names; default: every linear and convolution.
+        include: Layers to share, globs over qualified names or class names; default: every linear, convolution and
+            embedding, and the projections of attention.
         exclude: Layers to leave alone.
         network: Dotted path of the network inside the LightningModule; see ``surgery.selection.network_path``.
 

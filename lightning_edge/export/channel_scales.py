@@ -34,7 +34,9 @@ def merge_channel_scales_(model: onnx.ModelProto) -> tuple[str, ...]:
         scales, codes, codebook = (part.numpy() for part in found)
         graph.replace(name, codebook[codes])
         product = _product_behind(graph, node, weight)
-        if product is None:
+        if node.op_type == "Gather":
+            _scale_rows(graph, node, name, scales)
+        elif product is None:
             _insert_product(graph, node, name, scales)
         else:
             factor = graph.constants[product.input[1]]
@@ -45,9 +47,14 @@ def merge_channel_scales_(model: onnx.ModelProto) -> tuple[str, ...]:
 
 def _weight_of(node: onnx.NodeProto, graph: Graph) -> str | None:
     """Return the name of a layer's weight whose rows are output channels, if no other node reads it."""
+    flags = {attribute.name: attribute.i for attribute in node.attribute}
+    if node.op_type == "Gather":
+        weight = graph.constants.get(node.input[0])
+        rows = weight is not None and weight.dtype == np.float32 and weight.ndim == 2 and not flags.get("axis", 0)
+        return node.input[0] if rows and graph.uses(node.input[0]) == 1 else None
     if node.op_type not in ("Conv", "Gemm", "MatMul") or graph.uses(node.input[1]) > 1:
         return None
-    name, flags = node.input[1], {attribute.name: attribute.i for attribute in node.attribute}
+    name = node.input[1]
     if node.op_type == "MatMul":
         transpose = graph.producers.get(name)
         if transpose is None or transpose.op_type != "Transpose":
@@ -72,6 +79,17 @@ def _product_behind(graph: Graph, node: onnx.NodeProto, weight: Floats) -> onnx.
     factor = graph.constants.get(behind[0].input[1])
     per_channel = (len(weight), *[1] * (weight.ndim - 2))
     return behind[0] if factor is not None and factor.shape == per_channel else None
+
+
+def _scale_rows(graph: Graph, node: onnx.NodeProto, name: str, scales: Floats) -> None:
+    """Look the scale of each row of an embedding up too, and multiply."""
+    output = node.output[0]
+    factor, scaled = f"{output}_scale", f"{output}_unscaled"
+    node.output[0] = scaled
+    table = graph.add(f"{name}_scale", scales.reshape(-1, 1))
+    place = next(index for index, other in enumerate(graph.graph.node) if other.output[:1] == node.output[:1])
+    graph.graph.node.insert(place + 1, helper.make_node("Gather", [table, node.input[1]], [factor], axis=0))
+    graph.graph.node.insert(place + 2, helper.make_node("Mul", [scaled, factor], [output]))
 
 
 def _insert_product(graph: Graph, node: onnx.NodeProto, name: str, scales: Floats) -> None:

@@ -1,5 +1,6 @@
 """What the codebooks of shared weights are like, and what a bit costs in the error of a layer."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -80,9 +81,15 @@ class Codebooks:
 
     def check(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Raise a ValueError if a layer cannot have such codebooks."""
+        times_held = Counter(id(held) for _, held in module.named_parameters(remove_duplicate=False))
         for name, weight in weights.items():
+            if self.channel_scale and times_held[id(module.get_parameter(name))] > 1:
+                raise ValueError(
+                    f"channel_scale must be False for a weight that two layers hold, got True and {name!r}: the file"
+                    " could not keep the scales apart; untie it, or add the layer to exclude"
+                )
             layer = module.get_submodule(name.rpartition(".")[0])
-            if self.block > 1 and not isinstance(layer, nn.Linear | nn.MultiheadAttention):
+            if self.block > 1 and not isinstance(layer, nn.Linear | nn.MultiheadAttention | nn.Embedding):
                 raise ValueError(
                     f"block must be 1 for a convolution, got {self.block} and layer {name!r}, a"
                     f' {type(layer).__name__}: choose the linear layers, include=["Linear"]'

@@ -68,6 +68,7 @@ def select_weights(
     exclude: Sequence[str] = (),
     trainable: bool = True,
     attention: bool = False,
+    embeddings: bool = False,
 ) -> dict[str, nn.Parameter]:
     """Return the weights of the linear and convolution layers that the patterns choose, by name, in module order.
 
@@ -81,6 +82,7 @@ def select_weights(
         trainable: Refuse frozen layers: they would be changed all the same.
         attention: Take the input projections of attention layers too (``"self_attn.in_proj_weight"``); their output
             projection is a linear layer of its own.
+        embeddings: Take embeddings too; one that is tied to a chosen layer's weight goes under the layer's name.
 
     Returns:
         Qualified parameter name (``"conv1.weight"``) to parameter.
@@ -91,14 +93,18 @@ def select_weights(
     >>> list(select_weights(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 2)), exclude=["Conv2d"]))
     ['2.weight']
     """
-    kinds = (*WEIGHTED, nn.MultiheadAttention) if attention else WEIGHTED
+    kinds = (*WEIGHTED, *[nn.MultiheadAttention] * attention, *[nn.Embedding] * embeddings)
     included = _matching(network, include, kinds, argument="include")
     excluded = _matching(network, exclude, kinds, argument="exclude")
+    chosen = {name: layer for name, layer in included.items() if name not in excluded}
+    of_layers = {id(layer.weight) for layer in chosen.values() if isinstance(layer, WEIGHTED)}
     selected: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for name, layer in included.items():
+    for name, layer in chosen.items():
+        if isinstance(layer, nn.Embedding) and id(layer.weight) in of_layers:
+            continue
         for key in _PROJECTIONS if isinstance(layer, nn.MultiheadAttention) else ("weight",):
-            if name in excluded or getattr(layer, key) is None:
+            if getattr(layer, key) is None:
                 continue
             weight = _checked(name, layer, key, trainable=trainable)
             if id(weight) not in seen:
@@ -176,6 +182,11 @@ def _checked(name: str, layer: nn.Module, key: str, *, trainable: bool) -> nn.Pa
             " torch.nn.utils.prune.remove), or add the layer to exclude"
         )
     _check_built(name, layer)
+    if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None):
+        raise ValueError(
+            f"embedding {name!r} must have sparse=False and max_norm=None, got {layer.sparse} and {layer.max_norm}: its"
+            " gradients are averaged as dense ones, and its rows may not change in a call; add it to exclude"
+        )
     if trainable and not weight.requires_grad:
         raise ValueError(f"layer {name!r} must be trainable, its weight is frozen: unfreeze it or add it to exclude")
     return weight

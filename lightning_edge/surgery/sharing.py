@@ -93,13 +93,13 @@ def select_shared(
     >>> [k for _, k in select_shared(nn.Sequential(nn.Linear(2, 2)), {"0": 4}).values()]
     [4]
     """
-    weights = select_weights(module, include=include, exclude=exclude, attention=True)
+    weights = select_weights(module, include=include, exclude=exclude, attention=True, embeddings=True)
     if isinstance(clusters, int):
         return {name: (weight, clusters) for name, weight in weights.items()}
     chosen: dict[str, tuple[nn.Parameter, int]] = {}
     for pattern, count in clusters.items():
         # Validates the pattern and matches class names too, exactly as include does.
-        matching = select_weights(module, include=[pattern], attention=True)
+        matching = select_weights(module, include=[pattern], attention=True, embeddings=True)
         chosen |= {name: (weights[name], count) for name in matching if name in weights and name not in chosen}
     return {name: chosen[name] for name in weights if name in chosen}
 
@@ -154,7 +154,8 @@ def share_weights_(  # noqa: PLR0913 - every option once, by keyword
         importance: Squared gradients of the loss, by weight name, in the weights' shapes: the error of a weight is
             importance x its squared change, in all that is minimized here. ``rate`` is then one price for all layers,
             as a fraction of the mean of importance x weight**2 over the non-zero weights of all of them.
-        include: Layers to share, globs over names or class names.
+        include: Layers to share, globs over names or class names; the default is every linear, convolution and
+            embedding layer, and the projections of attention.
         exclude: Layers to leave alone.
         generator: Source of the draws of ``init="random"`` and ``"kmeans++"``, and of the start with ``block``.
 

@@ -2,6 +2,7 @@
 
 from itertools import chain, combinations
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -18,7 +19,7 @@ from lightning_edge import (
     load_artifact,
     slim_channels_,
 )
-from lightning_edge.artifact import inspect
+from lightning_edge.artifact import inspect, read_tensors
 from lightning_edge.surgery.quantization import CapturedNetwork, convert
 from lightning_edge.surgery.selection import find_network
 from lightning_edge.surgery.widths import WIDTHS_KEY
@@ -184,3 +185,34 @@ def test_the_whole_chain_compresses_a_transformer_in_all_its_projections(fit, ta
     with torch.no_grad():
         expected = convert(network)(images)
     assert torch.equal(torch.from_numpy(load_artifact(file)(images.numpy())), expected)
+
+
+class Shades(nn.Module):
+    """A transformer whose tokens are the shades of an image's pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(17, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images):
+        return self.head(self.encoder(self.embed((16 * images).long().flatten(1))).mean(1))
+
+
+def test_an_embedding_is_shared_beside_quantized_layers_and_resumed_to_the_same_bytes(fit, task_class, tmp_path):
+    def run(folder, **options):
+        torch.manual_seed(0)
+        task = task_class()
+        task.model = Shades()
+        exported = ExportArtifacts(tmp_path / folder / "out", formats=["edge"], min_agreement=0.8)
+        callbacks = [TECHNIQUES["sharing"](), TECHNIQUES["quantization"](), exported]
+        module, _ = fit(*callbacks, folder=folder, task=task, epochs=EPOCHS, **options)
+        return module, tmp_path / folder / "out" / "model.edge"
+
+    module, file = run("whole")
+    _, resumed = run("resumed", ckpt_path=tmp_path / "whole" / "epoch=3.ckpt")
+    assert resumed.read_bytes() == file.read_bytes()
+    table = find_network(module).embed.weight
+    assert len(table.unique()) <= 8
+    assert len(np.unique(read_tensors(file)["embed.weight"])) == len(table.unique())

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lightning_edge import export, prune_, share_weights_
+from lightning_edge import export, load_artifact, prune_, share_weights_
 from lightning_edge.artifact import inspect
 from lightning_edge.surgery.codebooks import Codebooks
 from lightning_edge.surgery.sharing import project_shared_, reassign_shared_, share_gradients_
@@ -46,6 +47,53 @@ def test_attention_is_shared_in_all_its_projections(tmp_path, options):
     export(layer, tmp_path / "layer.edge", example_inputs=(torch.randn(2, 4, 16),))
     found = {tensor.name: tensor.distinct for tensor in inspect(tmp_path / "layer.edge").tensors}
     assert all(found[name] <= 8 * options.get("block", 1) for name in names)
+
+
+class Tokens(nn.Module):
+    """Read tokens, and say for each what might stand in its place."""
+
+    def __init__(self, *, tied=False, **options):
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(50, 16, **options), nn.LayerNorm(16), nn.Linear(16, 50)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.embedding(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("tied", "options"),
+    [(tied, options) for tied in (False, True) for options in ({}, {"group_channels": 25}, {"block": 2})]
+    + [(False, {"channel_scale": True})],
+)
+def test_embeddings_are_shared_in_the_network_and_in_its_file(tmp_path, tied, options):
+    torch.manual_seed(0)
+    network, tokens = Tokens(tied=tied, padding_idx=3).eval(), torch.randint(0, 50, (4, 6))
+    names = ["head.weight"] if tied else ["embedding.weight", "head.weight"]
+    assert [shared.name for shared in share_weights_(network, clusters=8, **options).layers] == names
+    assert int(torch.count_nonzero(network.embedding.weight[3])) == 0
+    path = export(network, tmp_path / "net.edge", example_inputs=(tokens,), round_small=False)
+    found = {tensor.name: tensor.distinct for tensor in inspect(path).tensors}
+    assert all(
+        found[name] <= 1 + 8 * (50 // options.get("group_channels", 50)) * options.get("block", 1) for name in names
+    )
+    np.testing.assert_allclose(load_artifact(path)(tokens.numpy()), network(tokens).detach().numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"max_norm": 1.0}], ids=str)
+def test_embeddings_that_cannot_stay_shared_are_refused(options):
+    network = Tokens(**options)
+    with pytest.raises(ValueError, match=r"embedding 'embedding' must have sparse=False and max_norm=None, got "):
+        share_weights_(network, clusters=4)
+    assert [shared.name for shared in share_weights_(network, clusters=4, exclude=["Embedding"]).layers] == [
+        "head.weight"
+    ]
+
+
+def test_a_tied_weight_has_no_scales():
+    with pytest.raises(ValueError, match=r"channel_scale must be False for a weight that two layers hold, got .*'head"):
+        share_weights_(Tokens(tied=True), clusters=4, channel_scale=True)
 
 
 def test_attention_takes_the_number_of_its_pattern():
