@@ -96,11 +96,13 @@ def select_shared(
     weights = select_weights(module, include=include, exclude=exclude, attention=True, embeddings=True)
     if isinstance(clusters, int):
         return {name: (weight, clusters) for name, weight in weights.items()}
-    chosen: dict[str, tuple[nn.Parameter, int]] = {}
+    names = {id(weight): name for name, weight in weights.items()}  # of several holders of a weight the pattern may
+    chosen: dict[str, tuple[nn.Parameter, int]] = {}  # match another than it is listed under
     for pattern, count in clusters.items():
         # Validates the pattern and matches class names too, exactly as include does.
         matching = select_weights(module, include=[pattern], attention=True, embeddings=True)
-        chosen |= {name: (weights[name], count) for name in matching if name in weights and name not in chosen}
+        found = {names[id(weight)]: (weight, count) for weight in matching.values() if id(weight) in names}
+        chosen = found | chosen
     return {name: chosen[name] for name in weights if name in chosen}
 
 

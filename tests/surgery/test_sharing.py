@@ -91,6 +91,12 @@ def test_embeddings_that_cannot_stay_shared_are_refused(options):
     ]
 
 
+@pytest.mark.parametrize("pattern", ["embedding", "head", "Embedding"])
+def test_a_tied_weight_takes_the_number_of_either_of_its_names(pattern):
+    report = share_weights_(Tokens(tied=True), clusters={pattern: 4, "*": 8})
+    assert [(shared.name, shared.clusters) for shared in report.layers] == [("head.weight", 4)]
+
+
 def test_a_tied_weight_has_no_scales():
     with pytest.raises(ValueError, match=r"channel_scale must be False for a weight that two layers hold, got .*'head"):
         share_weights_(Tokens(tied=True), clusters=4, channel_scale=True)
