@@ -1,6 +1,7 @@
 """Linear layers that hold integers, in arithmetic that every exporter can write; torchao chooses the integers."""
 
 from collections.abc import Collection
+from functools import cache
 from typing import Literal
 
 import torch
@@ -58,9 +59,26 @@ class DynamicIntegerLinear(IntegerLinear):
         rows = inputs.flatten(0, -2) if inputs.ndim > 1 else inputs.unsqueeze(0)
         steps = (rows.abs().amax(1, keepdim=True) / _HALF_RANGE).clamp(min=torch.finfo(rows.dtype).eps)
         integers = torch.round(rows / steps).clamp(-128, 127).to(torch.int8)
-        sums = torch._int_mm(integers, self.weight.t()).to(rows.dtype)
+        sums = _product(integers, self.weight.t()).to(rows.dtype)
         outputs = (sums * steps * self.scale).reshape(*inputs.shape[:-1], len(self.weight))
         return outputs if self.bias is None else outputs + self.bias
+
+
+@cache
+def integer_products_are_exact() -> bool:
+    """Return whether ``torch._int_mm`` on this processor sums int8 products as integers.
+
+    On x86 processors without VNNI its kernels add pairs of products in 16 bits, and sums beyond them are cut off.
+    """
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127**2).all())
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the exact product of two int8 matrices."""
+    if left.device.type != "cpu" or torch.compiler.is_compiling() or integer_products_are_exact():
+        return torch._int_mm(left, right)
+    return left.double() @ right.double()  # exact below 2**53
 
 
 def integer_linear_(
