@@ -33,10 +33,9 @@ def merge_channel_scales_(model: onnx.ModelProto) -> tuple[str, ...]:
             continue
         scales, codes, codebook = (part.numpy() for part in found)
         graph.replace(name, codebook[codes])
-        product = _product_behind(graph, node, weight)
         if node.op_type == "Gather":
             _scale_rows(graph, node, name, scales)
-        elif product is None:
+        elif (product := _product_behind(graph, node, weight)) is None:
             _insert_product(graph, node, name, scales)
         else:
             factor = graph.constants[product.input[1]]
@@ -46,7 +45,7 @@ def merge_channel_scales_(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def _weight_of(node: onnx.NodeProto, graph: Graph) -> str | None:
-    """Return the name of a layer's weight whose rows are output channels, if no other node reads it."""
+    """Return the name of a weight whose rows are output channels or embeddings, if no other node reads it."""
     flags = {attribute.name: attribute.i for attribute in node.attribute}
     if node.op_type == "Gather":
         weight = graph.constants.get(node.input[0])
